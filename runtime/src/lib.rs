@@ -1,0 +1,1 @@
+//! What every part does: clock, lease, shutdown, telemetry, admin.

@@ -1,0 +1,1 @@
+//! Decides where expert replicas live: pure functions.

@@ -1,0 +1,1 @@
+//! Keeps expert placements true.

@@ -1,0 +1,1 @@
+//! The words of Berth: ids, units, health, memory, model geometry.
