@@ -1,1 +1,18 @@
-//! Real control plane, doubles, scenarios.
+//! Real control plane, process kubelet, doubles, scenarios: what Berth is tested and demonstrated on.
+//!
+//! ```text
+//! ClusterTool --binaries--> ControlPlane --kubeconfig--> tests, helm, the parts of Berth
+//!                                |                            ^ bound pods, as local processes
+//! ```
+//!
+//! Nothing here may be used by a part of Berth, and nothing here may outlive the process that started it.
+
+pub mod address;
+pub mod cluster_tool;
+pub mod control_plane;
+mod error;
+pub mod tied_process;
+
+pub use cluster_tool::ClusterTool;
+pub use control_plane::ControlPlane;
+pub use error::{Error, Result};
