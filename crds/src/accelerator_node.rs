@@ -1,0 +1,191 @@
+//! AcceleratorNode: one node's devices. The operator writes the spec, the node's agent the status but
+//! for the `Reachable` condition, which is the scheduler's.
+
+use berth_types::{Action, Admission, Bytes, DeviceId, Health, Reason, Scope, Vendor};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the operator wants of a node.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "berth.dev",
+    version = "v1alpha1",
+    kind = "AcceleratorNode",
+    plural = "acceleratornodes",
+    status = "AcceleratorNodeStatus",
+    shortname = "ban",
+    category = "berth",
+    derive = "Default"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceleratorNodeSpec {
+    /// The node hosts experts (its label `berth.dev/mode=native` was seen).
+    #[serde(default)]
+    pub native: bool,
+    /// No new replicas; those there are moved away.
+    #[serde(default)]
+    pub drain: bool,
+    /// The node's rack, from its labels; empty = the node is its own failure domain.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub rack: String,
+    /// Devices to drain, with a reason.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cordoned_devices: Vec<CordonedDevice>,
+    /// Orders to the agent: resets.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"]))]
+    pub orders: Vec<Order>,
+}
+
+/// One device taken out by hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CordonedDevice {
+    /// The device.
+    pub device: DeviceId,
+    /// Why.
+    pub reason: String,
+}
+
+/// One order.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Order {
+    /// Unique within the node; an order is carried out once.
+    pub id: String,
+    /// The device.
+    pub device: DeviceId,
+    /// What to do.
+    pub action: Action,
+    /// Given up after this time.
+    pub deadline: Time,
+}
+
+/// What the agent sees.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceleratorNodeStatus {
+    /// Generation of the spec that the agent has seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Boot id of the node's kernel.
+    #[serde(default)]
+    pub boot_id: String,
+    /// Rises with every report of this boot; the same pair travels on the stream.
+    #[serde(default)]
+    pub sequence: u64,
+    /// The agent's version.
+    #[serde(default)]
+    pub agent: String,
+    /// The node's own entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeHealth>,
+    /// The devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["device"]))]
+    pub devices: Vec<DeviceStatus>,
+    /// Printed columns.
+    #[serde(default)]
+    pub summary: NodeSummary,
+    /// Ready (agent); Reachable (scheduler).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Printed columns of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeSummary {
+    /// Vendors, joined by a comma.
+    #[serde(default)]
+    pub vendor: String,
+    /// Products, joined by a comma.
+    #[serde(default)]
+    pub product: String,
+    /// Devices.
+    #[serde(default)]
+    pub devices: u32,
+    /// Devices that are Healthy.
+    #[serde(default)]
+    pub healthy: u32,
+    /// Devices that are Schedulable.
+    #[serde(default)]
+    pub schedulable: u32,
+    /// Strongest action advised.
+    #[serde(default)]
+    pub action: String,
+    /// Reason of the worst device.
+    #[serde(default)]
+    pub reason: String,
+    /// Interconnect domains, joined by a comma.
+    #[serde(default)]
+    pub domain: String,
+}
+
+/// Health of the node as a whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeHealth {
+    /// Health.
+    pub health: Health,
+    /// Admission.
+    pub admission: Admission,
+    /// Advised action.
+    pub action: Action,
+    /// Scope of the worst condition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<Scope>,
+    /// Reason of the worst condition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    /// Vendor code, pid, link, address.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub evidence: String,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceStatus {
+    /// `<node>/<local>`.
+    pub device: DeviceId,
+    /// Who made it.
+    pub vendor: Vendor,
+    /// Product as the vendor's library says it.
+    pub product: String,
+    /// Vendor's UUID or serial number; empty when it does not tell.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub uuid: String,
+    /// Memory on the device.
+    pub memory_bytes: Bytes,
+    /// Interconnect domain, if it has one beyond the node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interconnect_domain: Option<String>,
+    /// Devices with the same card fail together.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub card: String,
+    /// Health.
+    pub health: Health,
+    /// Admission.
+    pub admission: Admission,
+    /// Advised action.
+    pub action: Action,
+    /// Scope of the worst condition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scope: Option<Scope>,
+    /// Reason of the worst condition.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Reason>,
+    /// Vendor code, pid, link, address.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub evidence: String,
+    /// Since when the five words hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<Time>,
+    /// What its worker does: Starting, Serving, Dead; empty = no worker.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub worker: String,
+}

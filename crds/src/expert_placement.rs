@@ -1,0 +1,115 @@
+//! ExpertPlacement: one instance's experts on devices. The operator writes the spec, the scheduler the
+//! status; this object is the only place where the two meet.
+
+use std::collections::BTreeMap;
+
+use berth_types::{Bytes, DeviceId, Geometry, Vendor, WeightFormat};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::CustomResource;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::model_deployment::{DeviceChoice, Redundancy, Weights};
+
+/// What to place: everything the scheduler needs, resolved.
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "berth.dev",
+    version = "v1alpha1",
+    kind = "ExpertPlacement",
+    plural = "expertplacements",
+    namespaced,
+    status = "ExpertPlacementStatus",
+    shortname = "bep",
+    category = "berth"
+)]
+#[serde(rename_all = "camelCase")]
+pub struct ExpertPlacementSpec {
+    /// Name of the ModelProfile it was resolved from.
+    pub model: String,
+    /// The model's geometry.
+    pub geometry: Geometry,
+    /// Format per vendor, where it differs from the checkpoint's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub vendor_formats: BTreeMap<Vendor, WeightFormat>,
+    /// Bytes of everything but routed experts, for the runner.
+    pub non_expert_bytes: Bytes,
+    /// Cache bytes to reserve for the runner.
+    #[serde(default)]
+    pub kv_budget_bytes: Bytes,
+    /// The weights.
+    pub weights: Weights,
+    /// Devices that may be used.
+    #[serde(default)]
+    pub devices: DeviceChoice,
+    /// What must be survived.
+    #[serde(default)]
+    pub redundancy: Redundancy,
+    /// Most devices it may take (the queue's grant).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granted_devices: Option<u32>,
+    /// Higher places first.
+    #[serde(default)]
+    pub priority: i32,
+    /// No re-plans while true.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+/// What the scheduler decided and how far it is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExpertPlacementStatus {
+    /// Generation of the spec that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// The decision; neither epoch nor revision ever falls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub assignment: Option<Assignment>,
+    /// Revision that the runner starts steps on; 0 = none.
+    #[serde(default)]
+    pub serving_revision: u64,
+    /// Revision that the runner still has steps on; 0 = none.
+    #[serde(default)]
+    pub draining_revision: u64,
+    /// Slots of the assigned revision that are loaded.
+    #[serde(default)]
+    pub slots_ready: u64,
+    /// Slots of the assigned revision.
+    #[serde(default)]
+    pub slots_total: u64,
+    /// Experts (layer, expert) that have no live replica now.
+    #[serde(default)]
+    pub experts_lost: u64,
+    /// Mean over layers of mean ÷ max device load on the last known loads; absent = no load seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balancedness: Option<f64>,
+    /// Bytes that the last revision made devices load.
+    #[serde(default)]
+    pub moved_bytes: Bytes,
+    /// Expert bytes of the assigned revision over all devices.
+    #[serde(default)]
+    pub expert_bytes: Bytes,
+    /// Why the last revision was made, in one sentence.
+    #[serde(default)]
+    pub why: String,
+    /// Placed, WeightsLoaded, Serving, Ready, Reconciling, Stalled.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Which revision is wanted and which devices hold it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Assignment {
+    /// The leader's epoch when it was written.
+    pub epoch: u64,
+    /// The revision; its PlacementMap is named `<placement>-<revision>`.
+    #[schemars(range(min = 1))]
+    pub revision: u64,
+    /// `sha256:<hex>` of the PlacementMap's spec.
+    pub digest: String,
+    /// Devices of the revision, in order of the map's slots.
+    pub devices: Vec<DeviceId>,
+}
