@@ -1,2 +1,27 @@
-//! The one binary.
-fn main() {}
+//! The one binary: parses arguments and opens a door. Parts are started by `berth <part>`, tools are the
+//! other subcommands. Only this file reads the environment, through clap.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod verdict;
+
+use verdict::Verdict;
+
+/// Cluster orchestrator and resource scheduler for AI compute.
+#[derive(Parser)]
+#[command(name = "berth", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {}
+
+fn main() -> ExitCode {
+    let Cli { command } = Cli::parse();
+    let outcome: anyhow::Result<Verdict> = match command {};
+    verdict::exit(outcome)
+}

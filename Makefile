@@ -1,0 +1,34 @@
+# The verbs. A recipe that outgrows a few lines belongs in tests/.
+CARGO ?= cargo
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: help demo test check build bench golden audit
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+demo: ## the main job: a cluster, an install, a model, a lost device, a repair
+	$(CARGO) build --release --locked -p berth -p berth-double-nvml -p berth-tests --bins --lib
+	target/release/berth-demo
+
+test: check ## everything; ends with the test runner's summary
+	$(CARGO) build --locked -p berth -p berth-double-nvml
+	$(CARGO) test --workspace --locked --no-fail-fast
+
+check: ## format and lints
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+build: ## the binary, as shipped
+	$(CARGO) build --release --locked
+
+bench: build ## figures beside the peers'
+	target/release/berth kernels bench --backend cpu --model v4-flash --tokens 1,4,16
+
+golden: ## write generated files and golden texts anew; read the diff
+	$(CARGO) run --locked -p berth-crds --bin crdgen
+	INSTA_UPDATE=always $(CARGO) test --workspace --locked
+
+audit: ## licences and sources of all dependencies (installs cargo-deny)
+	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	cargo deny check bans licenses sources
