@@ -1,0 +1,284 @@
+//! What a kubelet and a scraper ask: /livez, /startupz, /readyz and /metrics on one address.
+//!
+//! Live means that each registered loop moved in time; ready, that every named check holds and the
+//! process is not stopping. Who leads is irrelevant to both. Nothing here changes anything.
+
+use std::{
+    fmt::Write as _,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Clock, telemetry::Metrics};
+
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The health of one process, as its parts report it. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Admin(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    clock: Clock,
+    metrics: Metrics,
+    heartbeats: Mutex<Vec<Heartbeat>>,
+    checks: Mutex<Vec<Check>>,
+    started: AtomicBool,
+    stopping: AtomicBool,
+}
+
+/// A loop's sign of life; see [`Admin::heartbeat`].
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    name: &'static str,
+    within: Duration,
+    clock: Clock,
+    last_ms: Arc<AtomicU64>,
+}
+
+impl Heartbeat {
+    /// The loop has made a turn.
+    pub fn beat(&self) {
+        self.last_ms.store(millis(self.clock.now()), Ordering::Relaxed);
+    }
+
+    fn verdict(&self) -> Verdict {
+        let silent = millis(self.clock.now()).saturating_sub(self.last_ms.load(Ordering::Relaxed));
+        let reason = format!("no turn for {silent} ms, limit {} ms", millis(self.within));
+        Verdict { name: self.name, failed: (silent > millis(self.within)).then_some(reason) }
+    }
+}
+
+/// A condition for being ready; see [`Admin::check`].
+#[derive(Clone, Debug)]
+pub struct Check {
+    name: &'static str,
+    failed: Arc<Mutex<Option<String>>>,
+}
+
+impl Check {
+    /// It holds.
+    pub fn pass(&self) {
+        *lock(&self.failed) = None;
+    }
+
+    /// It does not hold, for this reason.
+    pub fn fail(&self, reason: impl Into<String>) {
+        *lock(&self.failed) = Some(reason.into());
+    }
+
+    fn verdict(&self) -> Verdict {
+        Verdict { name: self.name, failed: lock(&self.failed).clone() }
+    }
+}
+
+struct Verdict {
+    name: &'static str,
+    failed: Option<String>,
+}
+
+impl Admin {
+    /// Nothing registered: live and ready.
+    #[must_use]
+    pub fn new(clock: Clock, metrics: Metrics) -> Self {
+        Self(Arc::new(Inner {
+            clock,
+            metrics,
+            heartbeats: Mutex::default(),
+            checks: Mutex::default(),
+            started: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+        }))
+    }
+
+    /// Registers a loop that must call [`Heartbeat::beat`] at least every `within`, from now on. A loop
+    /// that may wait longer beats by a timer.
+    #[must_use]
+    pub fn heartbeat(&self, name: &'static str, within: Duration) -> Heartbeat {
+        let heartbeat = Heartbeat { name, within, clock: self.0.clock.clone(), last_ms: Arc::default() };
+        heartbeat.beat();
+        lock(&self.0.heartbeats).push(heartbeat.clone());
+        heartbeat
+    }
+
+    /// Registers a condition for being ready. It fails until [`Check::pass`].
+    #[must_use]
+    pub fn check(&self, name: &'static str) -> Check {
+        let check = Check { name, failed: Arc::new(Mutex::new(Some("not yet".to_owned()))) };
+        lock(&self.0.checks).push(check.clone());
+        check
+    }
+
+    /// From now on the process is not ready, whatever its checks say.
+    pub fn stop(&self) {
+        self.0.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Serves on `listener` until `stop`, then finishes the requests in hand.
+    ///
+    /// # Errors
+    /// When the listener breaks.
+    pub async fn serve(self, listener: TcpListener, stop: CancellationToken) -> io::Result<()> {
+        axum::serve(listener, self.routes()).with_graceful_shutdown(stop.cancelled_owned()).await
+    }
+
+    fn routes(self) -> Router {
+        Router::new()
+            .route("/livez", get(async |State(admin): State<Self>| admin.livez()))
+            .route("/readyz", get(async |State(admin): State<Self>| admin.readyz()))
+            .route("/startupz", get(async |State(admin): State<Self>| admin.startupz()))
+            .route("/metrics", get(async |State(admin): State<Self>| admin.metrics()))
+            .with_state(self)
+    }
+
+    fn livez(&self) -> (StatusCode, String) {
+        render(&lock(&self.0.heartbeats).iter().map(Heartbeat::verdict).collect::<Vec<_>>())
+    }
+
+    fn readyz(&self) -> (StatusCode, String) {
+        let stopping = self.0.stopping.load(Ordering::Relaxed).then(|| "stopping".to_owned());
+        let mut verdicts = vec![Verdict { name: "shutdown", failed: stopping }];
+        verdicts.extend(lock(&self.0.checks).iter().map(Check::verdict));
+        render(&verdicts)
+    }
+
+    /// Fails until the process was ready once.
+    fn startupz(&self) -> (StatusCode, String) {
+        let (status, text) = self.readyz();
+        if status.is_success() {
+            self.0.started.store(true, Ordering::Relaxed);
+        }
+        if self.0.started.load(Ordering::Relaxed) { (StatusCode::OK, "started\n".to_owned()) } else { (status, text) }
+    }
+
+    fn metrics(&self) -> Response {
+        ([(CONTENT_TYPE, OPENMETRICS)], self.0.metrics.encode()).into_response()
+    }
+}
+
+/// One line a verdict, as Kubernetes' own endpoints print them.
+fn render(verdicts: &[Verdict]) -> (StatusCode, String) {
+    let mut text = String::new();
+    let mut status = StatusCode::OK;
+    for Verdict { name, failed } in verdicts {
+        // Writing to a String cannot fail.
+        let _ = match failed {
+            None => writeln!(text, "[+]{name} ok"),
+            Some(reason) => {
+                status = StatusCode::SERVICE_UNAVAILABLE;
+                writeln!(text, "[-]{name} failed: {reason}")
+            }
+        };
+    }
+    (status, text)
+}
+
+/// Binds the address of an admin or control server.
+///
+/// # Errors
+/// When the address is taken or not ours; the error names it.
+pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("listening on {address}: {error}"));
+    TcpListener::bind(address).await.map_err(named)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain values, whole between statements: a panic elsewhere cannot tear them.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn admin() -> (Admin, Clock) {
+        let clock = Clock::discrete();
+        (Admin::new(clock.clone(), Metrics::new("test")), clock)
+    }
+
+    #[test]
+    fn a_loop_that_makes_no_turn_in_time_is_not_live() {
+        let (admin, clock) = admin();
+        let beat = admin.heartbeat("reconcile", Duration::from_secs(10));
+        let sleeper = clock.clone();
+        clock
+            .run(async move {
+                sleeper.sleep(Duration::from_secs(10)).await;
+                assert_eq!(admin.livez().0, StatusCode::OK);
+                sleeper.sleep(Duration::from_secs(1)).await;
+                let (status, text) = admin.livez();
+                assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+                assert_eq!(text, "[-]reconcile failed: no turn for 11000 ms, limit 10000 ms\n");
+                beat.beat();
+                assert_eq!(admin.livez().0, StatusCode::OK);
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn started_stays_true_and_ready_follows_the_checks() {
+        let (admin, _) = admin();
+        let check = admin.check("caches");
+        assert_eq!(admin.startupz().0, StatusCode::SERVICE_UNAVAILABLE);
+        check.pass();
+        assert_eq!((admin.startupz().0, admin.readyz().0), (StatusCode::OK, StatusCode::OK));
+        check.fail("watch broke");
+        assert_eq!(
+            admin.readyz(),
+            (StatusCode::SERVICE_UNAVAILABLE, "[+]shutdown ok\n[-]caches failed: watch broke\n".into())
+        );
+        assert_eq!(admin.startupz().0, StatusCode::OK);
+        check.pass();
+        admin.stop();
+        assert_eq!(admin.readyz().0, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    async fn get(address: SocketAddr, path: &str) -> String {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn endpoints_answer_over_http_until_stopped() {
+        let (admin, _) = admin();
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let server = tokio::spawn(admin.serve(listener, stop.clone()));
+        for path in ["/livez", "/readyz", "/startupz"] {
+            assert!(get(address, path).await.starts_with("HTTP/1.1 200"), "{path}");
+        }
+        let metrics = get(address, "/metrics").await;
+        assert!(metrics.contains(OPENMETRICS) && metrics.contains("berth_test_build_info"), "{metrics}");
+        assert!(get(address, "/debug").await.starts_with("HTTP/1.1 404"));
+        let taken = bind(address).await.unwrap_err().to_string();
+        assert!(taken.contains(&address.to_string()), "{taken}");
+        stop.cancel();
+        server.await.unwrap().unwrap();
+        assert!(tokio::net::TcpStream::connect(address).await.is_err());
+    }
+}
