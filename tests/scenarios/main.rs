@@ -1,12 +1,5 @@
-//! Scenarios on a real control plane.
+//! Scenarios on a real control plane with the process kubelet, one module a topic. They share one control
+//! plane, each with a namespace of its own; what must be alone starts its own.
 
-use berth_tests::control_plane::{ControlPlane, ControlPlaneConfig};
-
-#[tokio::test]
-async fn control_plane_serves() {
-    let plane = ControlPlane::start(ControlPlaneConfig::named("scenarios")).await.unwrap();
-    println!("{}", plane.kubectl(&["get", "ns,sa", "-A"]).await.unwrap());
-    println!("{}", plane.kubectl(&["version"]).await.unwrap());
-    println!("{}", plane.helm(&["version"]).await.unwrap());
-    println!("{}", plane.helm(&["list"]).await.unwrap());
-}
+mod cluster;
+mod kubelet;

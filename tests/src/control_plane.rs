@@ -229,6 +229,7 @@ async fn client_config(kubeconfig: &Path) -> Result<kube::Config> {
 /// Takes an empty folder of its own: the named one, or `<name>.2` and so on while another process uses it.
 fn take_dir(config: &ControlPlaneConfig) -> Result<(PathBuf, File)> {
     let wanted = config.dir.clone().unwrap_or_else(|| target_dir().join("cluster").join(&config.name));
+    let wanted = std::path::absolute(&wanted).map_err(Error::file("find", &wanted))?;
     for attempt in 1..100 {
         let dir = match attempt {
             1 => wanted.clone(),

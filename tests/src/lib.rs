@@ -3,6 +3,7 @@
 //! ```text
 //! ClusterTool --binaries--> ControlPlane --kubeconfig--> tests, helm, the parts of Berth
 //!                                |                            ^ bound pods, as local processes
+//!                                +---watches, statuses--- ProcessKubelet
 //! ```
 //!
 //! Nothing here may be used by a part of Berth, and nothing here may outlive the process that started it.
@@ -11,8 +12,10 @@ pub mod address;
 pub mod cluster_tool;
 pub mod control_plane;
 mod error;
+pub mod process_kubelet;
 pub mod tied_process;
 
 pub use cluster_tool::ClusterTool;
 pub use control_plane::ControlPlane;
 pub use error::{Error, Result};
+pub use process_kubelet::ProcessKubelet;
