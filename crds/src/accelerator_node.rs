@@ -33,10 +33,10 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Rack", type_ = "string", json_path = ".spec.rack", priority = 1),
     printcolumn(name = "Agent", type_ = "string", json_path = ".status.agent", priority = 1),
     validation = Rule::new(
-        "!has(self.spec.cordonedDevices) || self.spec.cordonedDevices.all(c, c.device.startsWith(self.metadata.name + '/'))"
+        "!has(self.spec.cordonedDevices) || self.spec.cordonedDevices.all(c, c.device.split('/')[0] == self.metadata.name)"
     ).message("spec.cordonedDevices must name devices of this node: <node>/<device>"),
     validation = Rule::new(
-        "!has(self.spec.orders) || self.spec.orders.all(o, o.device.startsWith(self.metadata.name + '/'))"
+        "!has(self.spec.orders) || self.spec.orders.all(o, o.device.split('/')[0] == self.metadata.name)"
     ).message("spec.orders must name devices of this node: <node>/<device>")
 )]
 #[serde(rename_all = "camelCase")]

@@ -25,6 +25,7 @@ pub fn all() -> Vec<CustomResourceDefinition> {
         for version in &mut definition.spec.versions {
             if let Some(schema) = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut()) {
                 correct(schema);
+                bound_name(schema);
             }
         }
         definition
@@ -44,6 +45,18 @@ pub fn file_name(definition: &CustomResourceDefinition) -> String {
 /// When the definition cannot be written as YAML.
 pub fn yaml(definition: &CustomResourceDefinition) -> Result<String, serde_saphyr::ser::Error> {
     serde_saphyr::to_string(definition)
+}
+
+/// Says how long a name can be, which every API server enforces, but which the cost of a rule that looks at
+/// the name is estimated from.
+fn bound_name(root: &mut JSONSchemaProps) {
+    let text = |max_length| JSONSchemaProps { type_: Some("string".to_owned()), max_length, ..Default::default() };
+    let metadata = JSONSchemaProps {
+        type_: Some("object".to_owned()),
+        properties: Some([("name".to_owned(), text(Some(253)))].into()),
+        ..JSONSchemaProps::default()
+    };
+    root.properties.get_or_insert_default().insert("metadata".to_owned(), metadata);
 }
 
 /// Formats that the API server does not know become those it knows, and no field is nullable: the API

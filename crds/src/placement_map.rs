@@ -20,8 +20,10 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Rev", type_ = "integer", json_path = ".spec.revision"),
     printcolumn(name = "Epoch", type_ = "integer", json_path = ".spec.epoch"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    validation = Rule::new("self.metadata.name == self.spec.placement + '-' + string(self.spec.revision)")
-        .message("metadata.name must be <spec.placement>-<spec.revision>: creating it is what fences a revision")
+    validation = Rule::new(
+        "self.metadata.name.startsWith(self.spec.placement + '-') && self.metadata.name.substring(size(self.spec.placement) + 1) == string(self.spec.revision)"
+    )
+    .message("metadata.name must be <spec.placement>-<spec.revision>: creating it is what fences a revision")
 )]
 #[x_kube(
     validation = Rule::new("self == oldSelf").message("a PlacementMap cannot change: write the next revision"),
