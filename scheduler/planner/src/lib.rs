@@ -1,1 +1,39 @@
-//! Decides where expert replicas live: pure functions.
+//! Decides where expert replicas live: pure functions from a problem to a plan.
+//!
+//! No I/O, no clock, no randomness but a seed, no map whose order changes between runs: the same problem
+//! gives the same plan on every machine. See the README for the mathematics.
+
+pub mod check;
+pub mod experts;
+pub mod gang;
+mod num;
+pub mod plan;
+pub mod problem;
+#[cfg(test)]
+mod tests;
+
+pub use check::{Finding, Rejected, check};
+pub use gang::{Infeasible, fits};
+pub use plan::{Checked, Committed, Decision, DeviceSlots, Layout, Plan, Proposed, diff};
+pub use problem::{Device, Goal, Instance, Problem, Standing, Survive};
+
+/// The plan for the problem's instance. With `previous` (the layout of its last revision) replicas stay
+/// where they may; a repair never fails for want of redundancy, it survives less and says so.
+///
+/// # Errors
+/// [`Infeasible`] with what is missing.
+pub fn solve(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Proposed>, Infeasible> {
+    let gang = gang::choose(problem, previous)?;
+    let (target, makespan) = experts::place(problem, &gang, previous)?;
+    let waves = experts::order(problem, &target, previous, gang.survives.copies())?;
+    let (moves, moved_bytes) = experts::moved(problem, &waves, previous);
+    Ok(Plan::propose(Decision {
+        name: problem.instance.name.clone(),
+        revision: problem.instance.revision,
+        waves,
+        survives: gang.survives,
+        moves,
+        moved_bytes,
+        makespan,
+    }))
+}

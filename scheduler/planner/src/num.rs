@@ -1,0 +1,33 @@
+//! The crate's only conversions between number types. Each says what happens at the edge of a range, so
+//! that no other file needs `as`.
+
+/// `value` as an index; on a target whose `usize` is narrower it saturates.
+pub(crate) fn index(value: u32) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// `value` as a count, saturating.
+pub(crate) fn index64(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// `value` as a plain number, saturating.
+pub(crate) fn count(value: usize) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
+
+/// `value` as an id or a small count, saturating.
+pub(crate) fn small(value: usize) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+/// `value` as a float; exact below 2^53, rounded above.
+#[expect(clippy::as_conversions, reason = "u64 to f64 has no From; rounding above 2^53 is intended")]
+pub(crate) fn real(value: u64) -> f64 {
+    value as f64
+}
+
+/// `value` as a float.
+pub(crate) fn real_size(value: usize) -> f64 {
+    real(count(value))
+}

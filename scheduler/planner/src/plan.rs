@@ -1,0 +1,211 @@
+//! A plan: the layouts to go through, in order, and the printed difference that a person reads. Its state
+//! is part of its type: only the checker makes `Checked`, only `Checked` can be committed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::{self, Write as _},
+    marker::PhantomData,
+};
+
+use berth_types::{Bytes, DeviceId, ExpertId, LayerId, PlacementName, Revision};
+use serde::{Deserialize, Serialize};
+
+use crate::{num, problem::Survive};
+
+/// One device of a layout.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceSlots {
+    /// The device.
+    pub device: DeviceId,
+    /// Its slots in each layer.
+    pub slots: u32,
+}
+
+/// Which expert is in which slot: a row per expert layer, the slots of all devices in device order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// The devices, in slot order.
+    pub devices: Vec<DeviceSlots>,
+    /// For each layer, as many entries as all devices have slots; `None` = empty.
+    pub layers: BTreeMap<LayerId, Vec<Option<ExpertId>>>,
+}
+
+impl Layout {
+    /// Each device with the range of its slots in a row.
+    pub fn ranges(&self) -> impl Iterator<Item = (&DeviceId, std::ops::Range<usize>)> {
+        let mut at = 0_usize;
+        self.devices.iter().map(move |entry| {
+            let start = at;
+            at = at.saturating_add(num::index(entry.slots));
+            (&entry.device, start..at)
+        })
+    }
+
+    /// The slots of `device`, by layer; nothing if the layout does not name it.
+    #[must_use]
+    pub fn slots_of(&self, device: &DeviceId) -> BTreeMap<LayerId, Vec<Option<ExpertId>>> {
+        let Some((_, range)) = self.ranges().find(|(id, _)| *id == device) else { return BTreeMap::new() };
+        let part = |row: &Vec<Option<ExpertId>>| row.get(range.clone()).unwrap_or_default().to_vec();
+        self.layers.iter().map(|(layer, row)| (*layer, part(row))).collect()
+    }
+
+    /// Every replica, by device.
+    #[must_use]
+    pub fn replicas(&self) -> BTreeMap<&DeviceId, BTreeSet<(LayerId, ExpertId)>> {
+        let mut replicas = BTreeMap::new();
+        for (device, range) in self.ranges() {
+            let held: &mut BTreeSet<_> = replicas.entry(device).or_default();
+            for (layer, row) in &self.layers {
+                held.extend(
+                    row.get(range.clone()).unwrap_or_default().iter().flatten().map(|expert| (*layer, *expert)),
+                );
+            }
+        }
+        replicas
+    }
+
+    /// Slots of all devices in one layer.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.devices.iter().map(|entry| num::index(entry.slots)).sum()
+    }
+}
+
+/// A plan as `solve` made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Proposed;
+/// A plan that the checker found nothing wrong with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checked;
+/// A plan whose first layout is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Committed;
+
+/// What was decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// The placement.
+    pub name: PlacementName,
+    /// Revision of the first layout; each further one is one higher.
+    pub revision: Revision,
+    /// Layouts to go through; each is loaded, switched to and drained before the next. Never empty.
+    pub waves: Vec<Layout>,
+    /// The largest failure domain whose loss the last layout survives.
+    pub survives: Survive,
+    /// Replicas that devices must load over all waves.
+    pub moves: u64,
+    /// Bytes of those replicas.
+    pub moved_bytes: Bytes,
+    /// Slowest device's load ÷ speed over the ideal, mean over layers, in the last layout.
+    pub makespan: f64,
+}
+
+/// A plan in state `S`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan<S> {
+    decision: Decision,
+    state: PhantomData<S>,
+}
+
+impl<S> Plan<S> {
+    /// What was decided.
+    #[must_use]
+    pub const fn decision(&self) -> &Decision {
+        &self.decision
+    }
+
+    /// The layout of the plan's revision.
+    #[must_use]
+    pub fn first(&self) -> Option<&Layout> {
+        self.decision.waves.first()
+    }
+
+    fn into<T>(self) -> Plan<T> {
+        Plan { decision: self.decision, state: PhantomData }
+    }
+}
+
+impl Plan<Proposed> {
+    /// A plan to be checked. Anybody may propose.
+    #[must_use]
+    pub const fn propose(decision: Decision) -> Self {
+        Self { decision, state: PhantomData }
+    }
+
+    /// For the checker alone.
+    pub(crate) fn checked(self) -> Plan<Checked> {
+        self.into()
+    }
+}
+
+impl Plan<Checked> {
+    /// The same plan once its first layout is stored.
+    #[must_use]
+    pub fn committed(self) -> Plan<Committed> {
+        self.into()
+    }
+}
+
+impl Plan<Committed> {
+    /// What is left after the first layout: to be checked again when its turn comes.
+    #[must_use]
+    pub fn rest(self) -> Option<Plan<Proposed>> {
+        let mut decision = self.decision;
+        if decision.waves.len() < 2 {
+            return None;
+        }
+        decision.waves.remove(0);
+        decision.revision = decision.revision.next();
+        Some(Plan::propose(decision))
+    }
+}
+
+/// Prints what `after` changes in `before`, for people.
+#[must_use]
+pub fn diff(before: Option<&Layout>, after: &Layout) -> String {
+    let empty = Layout::default();
+    let before = before.unwrap_or(&empty);
+    let (old, new) = (before.replicas(), after.replicas());
+    let slots = |layout: &Layout, device: &DeviceId| {
+        layout.devices.iter().find(|entry| entry.device == *device).map_or(0, |entry| entry.slots)
+    };
+    let none = BTreeSet::new();
+    let devices: BTreeSet<_> = old.keys().chain(new.keys()).copied().collect();
+    let mut text = String::new();
+    for device in devices {
+        let (held, wanted) = (old.get(device).unwrap_or(&none), new.get(device).unwrap_or(&none));
+        if held == wanted && slots(before, device) == slots(after, device) {
+            continue;
+        }
+        let sign = match (old.contains_key(device), new.contains_key(device)) {
+            (false, _) => '+',
+            (true, false) => '-',
+            (true, true) => '~',
+        };
+        let (from, to) = (slots(before, device), slots(after, device));
+        let _ = writeln!(text, "{sign} {device}  slots a layer {from} -> {to}");
+        let mut lines: BTreeMap<LayerId, String> = BTreeMap::new();
+        for (mark, one, other) in [('+', wanted, held), ('-', held, wanted)] {
+            for (layer, expert) in one.difference(other) {
+                let _ = write!(lines.entry(*layer).or_default(), " {mark}{expert}");
+            }
+        }
+        for (layer, line) in lines {
+            let _ = writeln!(text, "    layer {layer}:{line}");
+        }
+    }
+    if text.is_empty() { "no change\n".to_owned() } else { text }
+}
+
+impl<S> fmt::Display for Plan<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Decision { name, revision, waves, survives, moves, moved_bytes, makespan } = &self.decision;
+        write!(
+            f,
+            "{name} revision {revision}: {moves} moves, {moved_bytes}, {} wave(s), survives {}, slowest device at \
+             {makespan:.3} of the ideal",
+            waves.len(),
+            survives.as_str()
+        )
+    }
+}
