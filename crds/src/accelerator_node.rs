@@ -3,12 +3,12 @@
 
 use berth_types::{Action, Admission, Bytes, DeviceId, Health, Reason, Scope, Vendor};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What the operator wants of a node.
-#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "berth.dev",
     version = "v1alpha1",
@@ -17,26 +17,77 @@ use serde::{Deserialize, Serialize};
     status = "AcceleratorNodeStatus",
     shortname = "ban",
     category = "berth",
-    derive = "Default"
+    derive = "Default",
+    doc = "One node's devices. The operator writes the spec, the node's agent the status.",
+    printcolumn(name = "Vendor", type_ = "string", json_path = ".status.summary.vendor"),
+    printcolumn(name = "Product", type_ = "string", json_path = ".status.summary.product"),
+    printcolumn(name = "Devices", type_ = "integer", json_path = ".status.summary.devices"),
+    printcolumn(name = "Healthy", type_ = "integer", json_path = ".status.summary.healthy"),
+    printcolumn(name = "Schedulable", type_ = "integer", json_path = ".status.summary.schedulable"),
+    printcolumn(name = "Action", type_ = "string", json_path = ".status.summary.action"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.summary.reason"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Native", type_ = "boolean", json_path = ".spec.native", priority = 1),
+    printcolumn(name = "Drain", type_ = "boolean", json_path = ".spec.drain", priority = 1),
+    printcolumn(name = "Domain", type_ = "string", json_path = ".status.summary.domain", priority = 1),
+    printcolumn(name = "Rack", type_ = "string", json_path = ".spec.rack", priority = 1),
+    printcolumn(name = "Agent", type_ = "string", json_path = ".status.agent", priority = 1),
+    validation = Rule::new(
+        "!has(self.spec.cordonedDevices) || self.spec.cordonedDevices.all(c, c.device.split('/')[0] == self.metadata.name)"
+    ).message("spec.cordonedDevices must name devices of this node: <node>/<device>"),
+    validation = Rule::new(
+        "!has(self.spec.orders) || self.spec.orders.all(o, o.device.split('/')[0] == self.metadata.name)"
+    ).message("spec.orders must name devices of this node: <node>/<device>")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct AcceleratorNodeSpec {
-    /// The node hosts experts (its label `berth.dev/mode=native` was seen).
-    #[serde(default)]
+    /// The node hosts experts (its label `berth.dev/mode=native` was seen, and nothing else held its devices).
+    #[serde(default, skip_serializing_if = "is_false")]
     pub native: bool,
     /// No new replicas; those there are moved away.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub drain: bool,
     /// The node's rack, from its labels; empty = the node is its own failure domain.
     #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 63))]
     pub rack: String,
+    /// Pods that still hold devices of a node labelled native; it hosts nothing before they are gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256))]
+    pub held_by: Vec<Holder>,
     /// Devices to drain, with a reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["device"])
+    )]
     pub cordoned_devices: Vec<CordonedDevice>,
     /// Orders to the agent: resets.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"]))]
+    #[schemars(
+        length(max = 64),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"])
+    )]
     pub orders: Vec<Order>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+const fn is_false(value: &bool) -> bool {
+    !*value
+}
+
+/// A pod that holds devices of a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Holder {
+    /// `<namespace>/<name>`.
+    #[schemars(length(max = 512))]
+    pub pod: String,
+    /// The extended resource, such as `nvidia.com/gpu`.
+    #[schemars(length(max = 253))]
+    pub resource: String,
+    /// How many of it.
+    pub devices: u64,
 }
 
 /// One device taken out by hand.
@@ -46,14 +97,21 @@ pub struct CordonedDevice {
     /// The device.
     pub device: DeviceId,
     /// Why.
+    #[schemars(length(min = 1, max = 512))]
     pub reason: String,
 }
 
 /// One order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("self == oldSelf").message("an order never changes: write another one under a new id"),
+    validation = Rule::new("self.action in ['ResetDevice', 'ResetGroup', 'RebootNode']")
+        .message("an order's action must be ResetDevice, ResetGroup or RebootNode")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Order {
     /// Unique within the node; an order is carried out once.
+    #[schemars(length(min = 1, max = 63))]
     pub id: String,
     /// The device.
     pub device: DeviceId,

@@ -14,7 +14,15 @@ use serde::{Deserialize, Serialize};
     plural = "capacityqueues",
     status = "CapacityQueueStatus",
     shortname = "bcq",
-    category = "berth"
+    category = "berth",
+    doc = "Quota, borrowing and priority for the deployments that name it.",
+    printcolumn(name = "Quota", type_ = "integer", json_path = ".spec.quotaDevices"),
+    printcolumn(name = "Used", type_ = "integer", json_path = ".status.usedDevices"),
+    printcolumn(name = "Borrowed", type_ = "integer", json_path = ".status.borrowedDevices"),
+    printcolumn(name = "Waiting", type_ = "integer", json_path = ".status.waiting"),
+    printcolumn(name = "Priority", type_ = "integer", json_path = ".spec.priority"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Borrow-Limit", type_ = "integer", json_path = ".spec.borrowLimitDevices", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
 pub struct CapacityQueueSpec {
@@ -27,9 +35,11 @@ pub struct CapacityQueueSpec {
     pub borrow_limit_devices: Option<u32>,
     /// Higher goes first.
     #[serde(default)]
+    #[schemars(range(min = -1000000, max = 1000000))]
     pub priority: i32,
     /// Namespaces whose deployments may name it; empty = all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), inner(length(min = 1, max = 63)), extend("x-kubernetes-list-type" = "set"))]
     pub namespaces: Vec<String>,
 }
 

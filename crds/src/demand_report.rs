@@ -2,23 +2,38 @@
 //! reporter's figures vanish with it.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::CustomResource;
-use schemars::JsonSchema;
+use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
 /// Demand over one window.
-#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "berth.dev",
     version = "v1alpha1",
     kind = "DemandReport",
     plural = "demandreports",
     namespaced,
-    category = "berth"
+    doc = "What one gateway pod sees of the demand for a deployment.",
+    selectable = ".spec.deployment",
+    printcolumn(name = "Deployment", type_ = "string", json_path = ".spec.deployment"),
+    printcolumn(name = "Requests", type_ = "integer", json_path = ".spec.requests"),
+    printcolumn(name = "Input", type_ = "integer", json_path = ".spec.inputTokens"),
+    printcolumn(name = "Output", type_ = "integer", json_path = ".spec.outputTokens"),
+    printcolumn(name = "Waiting", type_ = "integer", json_path = ".spec.waiting"),
+    printcolumn(name = "Refused", type_ = "integer", json_path = ".spec.refused"),
+    printcolumn(name = "Observed", type_ = "date", json_path = ".spec.observedAt"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp", priority = 1)
+)]
+#[x_kube(
+    validation = Rule::new("self.requests > 0 || self.inputTokens == 0")
+        .message("spec.inputTokens must be 0 when no request arrived"),
+    validation = Rule::new("self.deployment == oldSelf.deployment")
+        .message("spec.deployment cannot change: another deployment's demand is another report")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct DemandReportSpec {
     /// Name of the ModelDeployment.
+    #[schemars(length(min = 1, max = 253))]
     pub deployment: String,
     /// End of the window.
     pub observed_at: Time,

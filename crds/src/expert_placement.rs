@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 
 use berth_types::{Bytes, DeviceId, Geometry, Vendor, WeightFormat};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model_deployment::{DeviceChoice, Redundancy, Weights};
 
 /// What to place: everything the scheduler needs, resolved.
-#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "berth.dev",
     version = "v1alpha1",
@@ -21,13 +21,39 @@ use crate::model_deployment::{DeviceChoice, Redundancy, Weights};
     namespaced,
     status = "ExpertPlacementStatus",
     shortname = "bep",
-    category = "berth"
+    category = "berth",
+    doc = "One instance's experts on devices. The operator writes the spec, the scheduler the status.",
+    selectable = ".spec.model",
+    printcolumn(name = "Model", type_ = "string", json_path = ".spec.model"),
+    printcolumn(name = "Rev", type_ = "integer", json_path = ".status.assignment.revision"),
+    printcolumn(name = "Ready", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].status"#),
+    printcolumn(name = "Balance", type_ = "number", json_path = ".status.balancedness"),
+    printcolumn(name = "Loaded", type_ = "integer", json_path = ".status.slotsReady"),
+    printcolumn(name = "Slots", type_ = "integer", json_path = ".status.slotsTotal"),
+    printcolumn(name = "Lost", type_ = "integer", json_path = ".status.expertsLost"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Serving", type_ = "integer", json_path = ".status.servingRevision", priority = 1),
+    printcolumn(name = "Moved", type_ = "integer", json_path = ".status.movedBytes", priority = 1),
+    printcolumn(name = "Epoch", type_ = "integer", json_path = ".status.assignment.epoch", priority = 1),
+    printcolumn(name = "Why", type_ = "string", json_path = ".status.why", priority = 1),
+    validation = Rule::new(
+        "!has(oldSelf.status) || !has(oldSelf.status.assignment) || (has(self.status) && has(self.status.assignment))"
+    ).message("status.assignment cannot be taken back: write a higher revision")
+)]
+#[x_kube(
+    validation = Rule::new("self.model == oldSelf.model && self.weights == oldSelf.weights")
+        .message("spec.model and spec.weights cannot change: new weights are a new instance"),
+    validation = Rule::new(
+        "self.geometry == oldSelf.geometry && has(self.vendorFormats) == has(oldSelf.vendorFormats) && (!has(self.vendorFormats) || self.vendorFormats == oldSelf.vendorFormats)"
+    ).message("spec.geometry and spec.vendorFormats cannot change: another format is a new instance")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ExpertPlacementSpec {
     /// Name of the ModelProfile it was resolved from.
+    #[schemars(length(min = 1, max = 253))]
     pub model: String,
     /// The model's geometry.
+    #[schemars(extend("x-kubernetes-validations" = crate::geometry_rules::all()))]
     pub geometry: Geometry,
     /// Format per vendor, where it differs from the checkpoint's.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -47,6 +73,7 @@ pub struct ExpertPlacementSpec {
     pub redundancy: Redundancy,
     /// Most devices it may take (the queue's grant).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
     pub granted_devices: Option<u32>,
     /// Higher places first.
     #[serde(default)]
@@ -100,7 +127,15 @@ pub struct ExpertPlacementStatus {
 }
 
 /// Which revision is wanted and which devices hold it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("self.epoch >= oldSelf.epoch")
+        .message("status.assignment.epoch never falls: another scheduler leads, write nothing more"),
+    validation = Rule::new("self.revision >= oldSelf.revision")
+        .message("status.assignment.revision never falls: write a higher revision to go back"),
+    validation = Rule::new("self.revision != oldSelf.revision || self.digest == oldSelf.digest")
+        .message("status.assignment.digest of a revision never changes: write the next revision")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Assignment {
     /// The leader's epoch when it was written.
@@ -109,7 +144,13 @@ pub struct Assignment {
     #[schemars(range(min = 1))]
     pub revision: u64,
     /// `sha256:<hex>` of the PlacementMap's spec.
+    #[schemars(length(max = 71))]
+    #[x_kube(
+        validation = Rule::new("self.matches('^sha256:[0-9a-f]{64}$')")
+            .message("digest must be sha256: followed by 64 lower-case hexadecimal digits")
+    )]
     pub digest: String,
     /// Devices of the revision, in order of the map's slots.
+    #[schemars(length(max = 4096))]
     pub devices: Vec<DeviceId>,
 }

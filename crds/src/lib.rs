@@ -1,11 +1,14 @@
 //! Kubernetes objects of the group `berth.dev`, version `v1alpha1`: types, schemas and the words of
 //! their conditions. Holds no client and takes no decision.
+#![expect(unreachable_pub, reason = "KubeSchema repeats a public struct inside a block of its own")]
 
 pub mod accelerator_node;
 pub mod capacity_queue;
 pub mod conditions;
+pub mod definitions;
 pub mod demand_report;
 pub mod expert_placement;
+mod geometry_rules;
 pub mod model_deployment;
 pub mod model_profile;
 pub mod placement_map;

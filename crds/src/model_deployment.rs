@@ -3,12 +3,12 @@
 
 use berth_types::{Bytes, Vendor};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A model to serve: which one, how many instances, where, and what to do when there is not enough.
-#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "berth.dev",
     version = "v1alpha1",
@@ -22,11 +22,41 @@ use serde::{Deserialize, Serialize};
         spec_replicas_path = ".spec.replicas",
         status_replicas_path = ".status.replicas",
         label_selector_path = ".status.selector"
+    ),
+    doc = "A model to serve: which one, how many instances, where, and what to do when there is not enough.",
+    selectable = ".spec.model",
+    selectable = ".spec.queue",
+    selectable = ".status.phase",
+    printcolumn(name = "Ready", type_ = "string", json_path = r#".status.conditions[?(@.type=="Ready")].status"#),
+    printcolumn(name = "Instances", type_ = "string", json_path = ".status.summary.instances"),
+    printcolumn(name = "Pools", type_ = "string", json_path = ".status.summary.pools"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.summary.reason"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Model", type_ = "string", json_path = ".spec.model", priority = 1),
+    printcolumn(name = "Queue", type_ = "string", json_path = ".spec.queue", priority = 1),
+    printcolumn(name = "Devices", type_ = "integer", json_path = ".status.grantedDevices", priority = 1),
+    printcolumn(name = "Observed", type_ = "integer", json_path = ".status.observedGeneration", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.summary.message", priority = 1),
+    validation = Rule::new("size(self.metadata.name) <= 50").message(
+        "metadata.name must have at most 50 characters: the names of its instances are made from it"
+    ),
+    validation = Rule::new("!self.metadata.name.contains('.')").message(
+        "metadata.name must not contain a dot: the names of its instances are made from it"
+    ),
+    validation = Rule::new("!has(self.spec.fallback) || !(self.metadata.name in self.spec.fallback)").message(
+        "spec.fallback must not name the deployment itself: name others that may answer instead"
     )
+)]
+#[x_kube(
+    validation = Rule::new(
+        "self.redundancy.survive == 'none' || !has(self.devices.perInstance) || self.devices.perInstance >= 2"
+    ).message("spec.redundancy.survive needs at least 2 devices: raise spec.devices.perInstance or leave it out")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ModelDeploymentSpec {
     /// Name of the ModelProfile.
+    #[schemars(length(min = 1, max = 253))]
     pub model: String,
     /// The weights to serve.
     pub weights: Weights,
@@ -48,9 +78,11 @@ pub struct ModelDeploymentSpec {
     pub redundancy: Redundancy,
     /// CapacityQueue in which it waits and whose quota it uses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
     pub queue: Option<String>,
     /// ModelDeployments of the same namespace that may answer instead under shortage, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set"))]
     pub fallback: Vec<String>,
     /// What to do with requests that do not fit.
     #[serde(default)]
@@ -68,18 +100,36 @@ const fn one() -> i32 {
 }
 
 /// Where weights are and what they must be.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Weights {
     /// `file://` URI of a checkpoint folder under a root that the chart allows.
+    #[schemars(length(max = 1024))]
+    #[x_kube(
+        validation = Rule::new("['file://', 'https://', 's3://', 'hf://', 'oci://'].exists(s, self.startsWith(s))")
+            .message("weights.uri must start with file://, https://, s3://, hf:// or oci://"),
+        validation = Rule::new("!self.startsWith('file://') || self.startsWith('file:///')")
+            .message("weights.uri must be an absolute path after file://, as in file:///models/v3"),
+        validation = Rule::new("!(self + '/').contains('/../')")
+            .message("weights.uri must not contain '..': write the path that it means")
+    )]
     pub uri: String,
     /// `sha256:<hex>` of the checkpoint; empty = whatever is there when the instance starts.
     #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 71))]
+    #[x_kube(
+        validation = Rule::new("self == '' || self.matches('^sha256:[0-9a-f]{64}$')")
+            .message("digest must be sha256: followed by 64 lower-case hexadecimal digits")
+    )]
     pub digest: String,
 }
 
 /// Bounds for the number of instances.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("self.min <= self.max")
+        .message("spec.autoscaling.min must not be above spec.autoscaling.max")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Autoscaling {
     /// Least instances.
@@ -91,7 +141,11 @@ pub struct Autoscaling {
 }
 
 /// What users of the model should see.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("has(self.ttftMs) || has(self.tpotMs)")
+        .message("spec.objective needs ttftMs or tpotMs, or both")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct Objective {
     /// Time to the first token, milliseconds.
@@ -113,14 +167,24 @@ const fn ninety_five() -> u32 {
 }
 
 /// Devices that may be used; an empty list allows all.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[x_kube(
+    validation = Rule::new("!has(self.crossVendor) || !self.crossVendor || !has(self.vendors) || size(self.vendors) != 1")
+        .message("devices.crossVendor needs more than one vendor: name both in devices.vendors or leave vendors out")
+)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceChoice {
     /// Allowed vendors.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 2), extend("x-kubernetes-list-type" = "set"))]
     pub vendors: Vec<Vendor>,
     /// Allowed products, as AcceleratorNodes report them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 128)), extend("x-kubernetes-list-type" = "set"))]
+    #[x_kube(
+        validation = Rule::new("self.all(product, product.trim() != '')")
+            .message("devices.products must not hold an empty text: write products as kubectl get ban prints them")
+    )]
     pub products: Vec<String>,
     /// Devices of one instance; absent = the least that memory and redundancy allow.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -4,23 +4,38 @@
 use std::collections::BTreeMap;
 
 use berth_types::{Bytes, Geometry, TokensPerSecond, Vendor, WeightFormat};
-use kube::CustomResource;
+use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What a model is: geometry, bytes, formats and measured throughput.
-#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "berth.dev",
     version = "v1alpha1",
     kind = "ModelProfile",
     plural = "modelprofiles",
     shortname = "bmp",
-    category = "berth"
+    category = "berth",
+    doc = "What a model is, apart from how anyone runs it: geometry, bytes, formats and measured throughput.",
+    printcolumn(name = "Layers", type_ = "integer", json_path = ".spec.geometry.layers"),
+    printcolumn(name = "Experts", type_ = "integer", json_path = ".spec.geometry.experts"),
+    printcolumn(name = "Top-K", type_ = "integer", json_path = ".spec.geometry.topK"),
+    printcolumn(name = "Format", type_ = "string", json_path = ".spec.geometry.format"),
+    printcolumn(name = "Context", type_ = "integer", json_path = ".spec.context"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Scoring", type_ = "string", json_path = ".spec.geometry.scoring", priority = 1),
+    printcolumn(name = "Hidden", type_ = "integer", json_path = ".spec.geometry.hidden", priority = 1),
+    printcolumn(name = "KV-Bytes", type_ = "integer", json_path = ".spec.kvBytesPerToken", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ModelProfileSpec {
-    /// Layers, experts, routing and widths.
+    /// Layers, experts, routing and widths. Never changes: another geometry is another profile.
+    #[schemars(extend("x-kubernetes-validations" = crate::geometry_rules::all()))]
+    #[x_kube(
+        validation = Rule::new("self == oldSelf")
+            .message("spec.geometry cannot change: another geometry is another ModelProfile")
+    )]
     pub geometry: Geometry,
     /// Format each vendor computes in. A vendor that is absent uses the checkpoint's own format.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -37,9 +52,14 @@ pub struct ModelProfileSpec {
     pub context: u64,
     /// Throughput of one instance per pool product, with its source.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["product", "devices"])
+    )]
     pub throughput: Vec<Throughput>,
     /// Where the figures come from: public files, papers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 1024)))]
     pub sources: Vec<String>,
 }
 
@@ -48,6 +68,7 @@ pub struct ModelProfileSpec {
 #[serde(rename_all = "camelCase")]
 pub struct Throughput {
     /// Product, such as `h200` or `910c`.
+    #[schemars(length(min = 1, max = 128))]
     pub product: String,
     /// Devices of the instance that was measured.
     #[schemars(range(min = 1))]
@@ -57,6 +78,7 @@ pub struct Throughput {
     /// How the figure was found; a modelled one is planned with 20 % headroom.
     pub basis: Basis,
     /// Where the figure comes from.
+    #[schemars(length(min = 1, max = 1024))]
     pub source: String,
 }
 

@@ -2,4 +2,5 @@
 //! plane, each with a namespace of its own; what must be alone starts its own.
 
 mod cluster;
+mod crd_rules;
 mod kubelet;

@@ -28,10 +28,11 @@ fn is_name(text: &str) -> bool {
 }
 
 macro_rules! text_id {
-    ($(#[$doc:meta])* $name:ident, $what:literal, $form:literal, $check:expr) => {
+    ($(#[$doc:meta])* $name:ident, $limit:literal, $what:literal, $form:literal, $check:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
         #[serde(try_from = "String", into = "String")]
+        #[schemars(extend("maxLength" = $limit))]
         pub struct $name(String);
 
         impl $name {
@@ -79,6 +80,7 @@ macro_rules! text_id {
 text_id!(
     /// Name of a Kubernetes Node, and of the AcceleratorNode that describes it.
     NodeName,
+    253,
     "a node name",
     "lower-case letters, digits, '-' and '.'",
     is_name
@@ -87,6 +89,7 @@ text_id!(
 text_id!(
     /// An ExpertPlacement: `<namespace>/<name>`.
     PlacementName,
+    507,
     "a placement",
     "<namespace>/<name>",
     |text: &str| text.split_once('/').is_some_and(|(space, name)| is_name(space) && is_name(name))
@@ -97,6 +100,7 @@ text_id!(
     /// of an NVIDIA GPU (`0000:3b:00.0`) or `<card>.<device>` of an Ascend logical NPU; it stays the
     /// same over restarts and resets, and changes when the device moves to another place.
     DeviceId,
+    286,
     "a device",
     "<node>/<PCI address> or <node>/<card>.<device>",
     |text: &str| text.split_once('/').is_some_and(|(node, local)| is_name(node) && is_local(local))

@@ -1,0 +1,142 @@
+//! One model step: some consecutive tokens of several sequences through all layers, on one placement.
+//!
+//! Per expert layer: route in float32, start one call per worker, compute the shared expert meanwhile, add. The step
+//! decides nothing about sequences (`engine`) or replicas (`experts`).
+
+use berth_types::Revision;
+
+use crate::{
+    error::StepError,
+    experts::{CallCounts, ExpertCalls, LayerCall, StepCalls},
+    load::LoadCounter,
+    model::{Model, cache::Cache, v3::Chunk},
+    num::usize_of,
+};
+
+/// What a step computes for one sequence.
+#[derive(Debug)]
+pub(crate) struct Part<'a> {
+    /// Tokens to compute; at least one.
+    pub(crate) tokens: &'a [u32],
+    /// Position of the first.
+    pub(crate) start: usize,
+    /// The sequence's cache.
+    pub(crate) cache: &'a mut Cache,
+    /// Tells the sequence from others.
+    pub(crate) salt: u64,
+    /// Which logits are wanted.
+    pub(crate) wanted: Wanted,
+}
+
+/// Which logits of a part are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// None: the prompt goes on.
+    Nothing,
+    /// Of the last token.
+    Last,
+    /// Of every token, with the chosen experts.
+    Every,
+}
+
+/// What a step gives for one sequence.
+#[derive(Debug, Default)]
+pub(crate) struct PartOutput {
+    /// [wanted rows × vocab].
+    pub(crate) logits: Vec<f32>,
+    /// By expert layer: [tokens × top_k]; empty unless every row was wanted.
+    pub(crate) experts: Vec<Vec<u32>>,
+}
+
+/// What a step gives.
+#[derive(Debug)]
+pub(crate) struct StepOutput {
+    /// By part.
+    pub(crate) parts: Vec<PartOutput>,
+    /// Placement that the step was on.
+    pub(crate) revision: Revision,
+}
+
+/// Runs one step. `counts` is what was called, also when the step fails.
+///
+/// # Errors
+/// What the maths or the experts give; the caches of the parts are then unfinished.
+pub(crate) fn run(
+    model: &Model,
+    experts: &dyn ExpertCalls,
+    load: &LoadCounter,
+    parts: Vec<Part<'_>>,
+    cancelled: &(impl Fn() -> bool + Clone + Send + 'static),
+    counts: &mut CallCounts,
+) -> Result<StepOutput, StepError> {
+    let mut step = experts.begin();
+    let result = layers(model, step.as_mut(), load, parts, cancelled);
+    counts.add(step.counts());
+    let parts = result?;
+    step.complete();
+    Ok(StepOutput { parts, revision: step.revision() })
+}
+
+fn layers(
+    model: &Model,
+    step: &mut dyn StepCalls,
+    load: &LoadCounter,
+    parts: Vec<Part<'_>>,
+    cancelled: &(impl Fn() -> bool + Clone + Send + 'static),
+) -> Result<Vec<PartOutput>, StepError> {
+    let wanted: Vec<(usize, Wanted)> = parts.iter().map(|part| (part.tokens.len(), part.wanted)).collect();
+    let mut chunks: Vec<Chunk<'_>> = parts
+        .into_iter()
+        .map(|part| Chunk { tokens: part.tokens, start: part.start, cache: part.cache, salt: part.salt })
+        .collect();
+    let mut outputs: Vec<PartOutput> = wanted.iter().map(|_| PartOutput::default()).collect();
+    let x = model.v3.forward(&mut chunks, &mut |call: &LayerCall<'_>| {
+        load.count(step.revision(), call.layer, call.experts);
+        record(&wanted, &mut outputs, call);
+        Ok(step.start(call)?.unless(cancelled.clone()))
+    })?;
+    head(model, &x, &wanted, &mut outputs)?;
+    Ok(outputs)
+}
+
+/// Keeps the chosen experts of the parts that want every row.
+fn record(wanted: &[(usize, Wanted)], outputs: &mut [PartOutput], call: &LayerCall<'_>) {
+    let mut rest = call.experts;
+    for ((tokens, wanted), output) in wanted.iter().zip(outputs) {
+        let (own, others) = rest.split_at(tokens * call.top_k);
+        if *wanted == Wanted::Every {
+            output.experts.push(own.to_vec());
+        }
+        rest = others;
+    }
+}
+
+/// Logits of the wanted rows only: the output matrix is the largest of the model.
+fn head(model: &Model, x: &[f32], wanted: &[(usize, Wanted)], outputs: &mut [PartOutput]) -> Result<(), StepError> {
+    let (hidden, vocab) = (model.hidden(), model.vocab());
+    let (mut picked, mut sizes, mut first) = (Vec::new(), Vec::new(), 0);
+    for (tokens, wanted) in wanted {
+        let rows = match wanted {
+            Wanted::Nothing => 0,
+            Wanted::Last => 1,
+            Wanted::Every => *tokens,
+        };
+        picked.extend_from_slice(&x[(first + tokens - rows) * hidden..(first + tokens) * hidden]);
+        sizes.push(rows);
+        first += tokens;
+    }
+    let rows = sizes.iter().sum();
+    let logits = model.v3.logits(&picked, rows)?;
+    let mut rest = logits.as_slice();
+    for (rows, output) in sizes.iter().zip(outputs) {
+        let (own, others) = rest.split_at(rows * vocab);
+        output.logits = own.to_vec();
+        rest = others;
+    }
+    Ok(())
+}
+
+/// Checks that every token is one the model knows.
+pub(crate) fn known(model: &Model, tokens: &[u32]) -> bool {
+    tokens.iter().all(|token| usize_of(*token) < model.vocab())
+}

@@ -1,0 +1,5 @@
+//! The runner as its users see it: models, engine and calls to workers.
+
+mod invariance;
+mod reference;
+mod tiny;
