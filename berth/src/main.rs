@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod kernels;
 mod verdict;
 
 use verdict::Verdict;
@@ -18,10 +19,15 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    /// Check or measure the expert kernels of this machine.
+    Kernels(kernels::KernelsArgs),
+}
 
 fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
-    let outcome: anyhow::Result<Verdict> = match command {};
+    let outcome: anyhow::Result<Verdict> = match command {
+        Command::Kernels(args) => kernels::run(&args),
+    };
     verdict::exit(outcome)
 }

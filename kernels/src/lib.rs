@@ -5,6 +5,7 @@
 //! value here, never a panic.
 
 pub mod backend;
+pub mod bench;
 pub mod checkpoint;
 pub mod conformance;
 pub mod cpu;

@@ -32,3 +32,21 @@ pub(crate) fn f32_near(value: f64) -> f32 {
 pub(crate) fn signed(byte: u8) -> i8 {
     byte as i8
 }
+
+/// A 64-bit count as a float; rounds above 2^53.
+#[inline]
+pub(crate) fn f64_of_u64(value: u64) -> f64 {
+    value as f64
+}
+
+/// The low 32 bits.
+#[inline]
+pub(crate) fn low_u32(value: u64) -> u32 {
+    value as u32
+}
+
+/// The low eight bits.
+#[inline]
+pub(crate) fn low_u8(value: u64) -> u8 {
+    value as u8
+}

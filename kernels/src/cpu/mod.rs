@@ -6,6 +6,7 @@
 
 mod forward;
 pub(crate) mod packed;
+mod peaks;
 pub(crate) mod simd;
 pub(crate) mod tile;
 
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::backend::{Backend, BackendKind, Batch, MemoryUse, PackedBody, PackedExpert, StoredExpert};
 use crate::error::KernelError;
 use packed::PackedMatrix;
+pub use peaks::Peaks;
 pub use simd::Level;
 use simd::Simd;
 

@@ -209,3 +209,106 @@ fn decode_f32(codes: &[u8], out: &mut [f32]) {
 fn int4_table() -> [i8; 16] {
     [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15].map(int4_to_i8)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::Level;
+    use super::*;
+    use crate::format::ScaleType;
+    use proptest::prelude::*;
+
+    fn any_format() -> impl Strategy<Value = StoredFormat> {
+        let scale = prop_oneof![Just(ScaleType::F32), Just(ScaleType::E8m0)];
+        let side = prop_oneof![Just(128usize), Just(32), 1usize..70];
+        prop_oneof![
+            Just(StoredFormat::F32),
+            Just(StoredFormat::Bf16),
+            Just(StoredFormat::Mxfp4),
+            Just(StoredFormat::Int8PerRow),
+            Just(StoredFormat::Int4Group32),
+            (side.clone(), side, scale).prop_map(|(a, b, scale)| StoredFormat::Fp8E4m3 { block: [a, b], scale }),
+        ]
+    }
+
+    fn any_matrix() -> impl Strategy<Value = StoredMatrix> {
+        (any_format(), 1usize..80, 1usize..300, any::<u64>()).prop_map(|(format, rows, cols, seed)| {
+            let mut random = crate::bench::Random(seed);
+            let (data, scales) = format.sizes(rows, cols).unwrap();
+            let mut bytes = |n: usize| (0..n).map(|_| random.next().to_le_bytes()[3]).collect::<Vec<u8>>();
+            let scales = bytes(scales);
+            StoredMatrix::new(rows, cols, format, bytes(data), scales).unwrap()
+        })
+    }
+
+    /// The whole matrix through the packed form, row-major.
+    fn unpack(matrix: &PackedMatrix, level: Level) -> Vec<f32> {
+        let simd = Simd::at_most(level);
+        let mut out = vec![0.0; matrix.rows() * matrix.cols()];
+        for tile in 0..matrix.tiles() {
+            for start in (0..matrix.cols()).step_by(CHUNK) {
+                let end = matrix.cols().min(start + CHUNK);
+                let mut chunk = vec![0.0; (end - start) * LANES];
+                matrix.decode(simd, tile, start, end, &mut chunk);
+                for (i, &value) in chunk.iter().enumerate() {
+                    let (row, col) = (tile * LANES + i % LANES, start + i / LANES);
+                    if row < matrix.rows() {
+                        out[row * matrix.cols() + col] = value;
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    fn assert_same(got: &[f32], expected: &[f32]) {
+        for (i, (a, b)) in got.iter().zip(expected).enumerate() {
+            assert!(a == b || (a.is_nan() && b.is_nan()), "element {i}: {a} is not {b}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn unpacking_what_was_packed_gives_every_value_at_every_level(stored in any_matrix()) {
+            let packed = PackedMatrix::pack(&stored).unwrap();
+            for level in Level::supported() {
+                assert_same(&unpack(&packed, level), &stored.dequantise());
+            }
+        }
+    }
+
+    #[test]
+    fn every_code_of_every_format_is_decoded_exactly() {
+        let codes: Vec<u8> = (0..=255).collect();
+        let block = |scale| StoredFormat::Fp8E4m3 { block: [1, 256], scale };
+        let cases = [
+            (block(ScaleType::F32), 256, 3.7f32.to_le_bytes().to_vec()),
+            (block(ScaleType::E8m0), 256, vec![0]),
+            (StoredFormat::Int8PerRow, 256, 0.013f32.to_le_bytes().to_vec()),
+            (StoredFormat::Mxfp4, 512, (0..16).collect()),
+            (StoredFormat::Int4Group32, 512, 0.3f32.to_le_bytes().repeat(16)),
+        ];
+        for (format, cols, scales) in cases {
+            let stored = StoredMatrix::new(1, cols, format, codes.clone(), scales).unwrap();
+            let packed = PackedMatrix::pack(&stored).unwrap();
+            for level in Level::supported() {
+                assert_same(&unpack(&packed, level), &stored.dequantise());
+            }
+        }
+    }
+
+    #[test]
+    fn packed_formats_keep_their_size() {
+        let bytes = |format: StoredFormat| {
+            let (data, scales) = format.sizes(128, 256).unwrap();
+            PackedMatrix::pack(&StoredMatrix::new(128, 256, format, vec![0; data], vec![0; scales]).unwrap())
+                .unwrap()
+                .bytes()
+        };
+        assert_eq!(bytes(StoredFormat::Bf16), 2 * 128 * 256);
+        assert_eq!(bytes(StoredFormat::Mxfp4), 128 * 256 / 2 + 128 * 8);
+        let fp8 = StoredFormat::Fp8E4m3 { block: [128, 128], scale: ScaleType::E8m0 };
+        assert_eq!(bytes(fp8), 128 * 256 + 4 * 2 * 4);
+    }
+}

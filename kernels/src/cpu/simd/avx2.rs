@@ -12,6 +12,8 @@ use std::arch::x86_64::{
     _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
+use std::hint::black_box;
+
 use super::{LANES, Lane};
 
 /// Sums over the columns of `w` for each row of `xs`. See `Simd::accumulate`, which checks the lengths.
@@ -171,4 +173,30 @@ fn bytes<const N: usize>(codes: &[u8; N], part: usize) -> __m128i {
     let sixteen = &codes.as_chunks::<16>().0[part];
     // SAFETY: `sixteen` is sixteen readable bytes.
     unsafe { _mm_loadu_si128(sixteen.as_ptr().cast()) }
+}
+
+/// Twelve chains of multiply-adds, enough to hide their latency.
+pub(super) fn spin(rounds: u64) -> (u64, f32) {
+    // SAFETY: as in `accumulate`.
+    (rounds * 12 * 8 * 2, unsafe { spin_chains(rounds) })
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn spin_chains(rounds: u64) -> f32 {
+    let (factor, term) = (_mm256_set1_ps(black_box(0.999_999)), _mm256_set1_ps(black_box(1e-6)));
+    let mut sums = [_mm256_setzero_ps(); 12];
+    for sum in &mut sums {
+        *sum = _mm256_set1_ps(black_box(1.0));
+    }
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_fmadd_ps(*sum, factor, term);
+        }
+    }
+    let mut lane: Lane = [0.0; LANES];
+    for sum in sums {
+        let total = _mm256_add_ps(load(&lane, 0), sum);
+        store(&mut lane, 0, total);
+    }
+    lane.iter().sum()
 }

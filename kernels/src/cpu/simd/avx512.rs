@@ -7,6 +7,8 @@ use std::arch::x86_64::{
     __m512, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
+use std::hint::black_box;
+
 use super::{LANES, Lane};
 
 /// Sums over the columns of `w` for each row of `xs`. See `Simd::accumulate`, which checks the lengths.
@@ -75,4 +77,30 @@ fn store(lane: &mut Lane, part: usize, value: __m512) {
     let sixteen = &mut lane.as_chunks_mut::<16>().0[part];
     // SAFETY: `sixteen` is sixteen writable floats.
     unsafe { _mm512_storeu_ps(sixteen.as_mut_ptr(), value) }
+}
+
+/// Sixteen chains of multiply-adds, enough to hide their latency.
+pub(super) fn spin(rounds: u64) -> (u64, f32) {
+    // SAFETY: as in `accumulate`.
+    (rounds * 16 * 16 * 2, unsafe { spin_chains(rounds) })
+}
+
+#[target_feature(enable = "avx512f,avx512bw")]
+fn spin_chains(rounds: u64) -> f32 {
+    let (factor, term) = (_mm512_set1_ps(black_box(0.999_999)), _mm512_set1_ps(black_box(1e-6)));
+    let mut sums = [_mm512_setzero_ps(); 16];
+    for sum in &mut sums {
+        *sum = _mm512_set1_ps(black_box(1.0));
+    }
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm512_fmadd_ps(*sum, factor, term);
+        }
+    }
+    let mut lane: Lane = [0.0; LANES];
+    for sum in sums {
+        let total = _mm512_add_ps(load(&lane, 0), sum);
+        store(&mut lane, 0, total);
+    }
+    lane.iter().sum()
 }

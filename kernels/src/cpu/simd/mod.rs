@@ -135,4 +135,53 @@ impl Simd {
             _ => portable::decode_nibbles(codes, table, scale, out),
         }
     }
+
+    /// Runs `rounds` rounds of independent multiply-adds in registers; the floating point operations done, and a value
+    /// that depends on all of them.
+    pub(crate) fn spin(self, rounds: u64) -> (u64, f32) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => avx512::spin(rounds),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => avx2::spin(rounds),
+            _ => portable::spin(rounds),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_level_sums_to_the_same_bits_for_any_number_of_rows() {
+        let mut random = crate::bench::Random(5);
+        for columns in [1, 7, 128] {
+            let w: Vec<f32> = (0..columns * LANES).map(|_| random.unit()).collect();
+            let x: Vec<Vec<f32>> = (0..MAX_ROWS).map(|_| (0..columns).map(|_| random.unit()).collect()).collect();
+            for rows in 0..=MAX_ROWS {
+                let xs: Vec<&[f32]> = x[..rows].iter().map(Vec::as_slice).collect();
+                let run = |level| {
+                    let mut acc = vec![[0.25f32; LANES]; rows];
+                    Simd::at_most(level).accumulate(&w, &xs, &mut acc);
+                    acc.iter().flatten().map(|v| v.to_bits()).collect::<Vec<_>>()
+                };
+                for level in Level::supported() {
+                    assert_eq!(run(level), run(Level::Portable), "{level:?}, {columns} columns, {rows} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_level_above_the_processors_is_never_used() {
+        assert!(Level::supported().contains(&Simd::at_most(Level::Avx512).level()));
+        assert_eq!(Simd::at_most(Level::Portable).level(), Level::Portable);
+    }
+
+    #[test]
+    #[should_panic(expected = "activation rows shorter")]
+    fn short_rows_are_caught_before_any_load() {
+        Simd::at_most(Level::detect()).accumulate(&[0.0; 4 * LANES], &[&[0.0; 3]], &mut [[0.0; LANES]]);
+    }
 }

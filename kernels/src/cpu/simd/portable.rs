@@ -54,3 +54,13 @@ static E4M3: std::sync::LazyLock<[f32; 256]> = std::sync::LazyLock::new(|| {
     table.iter_mut().zip(0..=255u8).for_each(|(value, code)| *value = e4m3_to_f32(code));
     table
 });
+
+pub(super) fn spin(rounds: u64) -> (u64, f32) {
+    let mut sums: Lane = std::hint::black_box([1.0; LANES]);
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = sum.mul_add(0.999_999, 2e-6);
+        }
+    }
+    (rounds * 64, sums.iter().sum())
+}
