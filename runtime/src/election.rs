@@ -9,7 +9,7 @@
 //! * a wall clock, ours or another node's, decides nothing: the times in a record only make each write
 //!   differ from the one before;
 //! * a record that this process did not write is another's, even under its own name: a term is never
-//!   inherited from the process before.
+//!   inherited from the process before. A leader that crashed and came back lets the others go first.
 
 use std::time::Duration;
 
@@ -62,7 +62,8 @@ pub enum Action {
 pub struct Election {
     identity: String,
     timing: Timing,
-    /// No term that begins here is numbered lower than one above this.
+    /// Terms that begin here are numbered above this: the highest number known. It outlives a Lease that
+    /// somebody deletes.
     floor: u64,
     seen: Option<Seen>,
     /// Start and content of the last write whose outcome is unknown.
@@ -99,6 +100,7 @@ impl Election {
 
     /// Takes note of the lease as it was read at `now`; `None` when it does not exist.
     pub fn observe(&mut self, now: Duration, record: Option<Record>) {
+        self.floor = self.floor.max(record.as_ref().map_or(0, |record| record.transitions));
         if let Some((started, pending)) = self.pending.take_if(|(_, pending)| record.as_ref() == Some(&*pending)) {
             // The answer was lost, the write was not.
             self.confirm(started, now, &pending);
@@ -128,15 +130,12 @@ impl Election {
                 ..record.clone()
             });
         }
-        if let Some(record) = last
-            && record.holder.is_some()
-            && now < seen.since.saturating_add(record.lease.max(self.timing.lease))
-        {
+        if self.expires().is_some_and(|expires| now < expires) {
             return Action::Wait;
         }
         Action::Acquire(Record {
             holder: Some(self.identity.clone()),
-            transitions: last.map_or(0, |record| record.transitions).max(self.floor).saturating_add(1),
+            transitions: self.floor.saturating_add(1),
             lease: self.timing.lease,
             acquired_us: unix_us,
             renewed_us,
@@ -152,6 +151,7 @@ impl Election {
     /// The write of `record`, begun at `started`, was accepted; we know it since `now`.
     pub fn confirm(&mut self, started: Duration, now: Duration, record: &Record) {
         self.pending = None;
+        self.floor = self.floor.max(record.transitions);
         self.held = (record.holder.as_deref() == Some(&self.identity))
             .then(|| Held { epoch: record.transitions, until: started.saturating_add(self.timing.renew_deadline) });
         self.seen = Some(Seen { record: Some(record.clone()), since: now });
@@ -162,6 +162,17 @@ impl Election {
     pub fn term(&mut self, now: Duration) -> Option<(u64, Duration)> {
         self.held = self.held.filter(|held| now < held.until);
         self.held.map(|held| (held.epoch, held.until))
+    }
+
+    /// When the record last seen binds us no longer; `None` when nobody holds the lease.
+    #[must_use]
+    pub fn expires(&self) -> Option<Duration> {
+        let seen = self.seen.as_ref()?;
+        let record = seen.record.as_ref()?;
+        // The others saw the record change at most one round later than we did.
+        let after_others =
+            if *record.holder.as_ref()? == self.identity { self.timing.retry * 2 } else { Duration::ZERO };
+        Some(seen.since.saturating_add(record.lease.max(self.timing.lease)).saturating_add(after_others))
     }
 
     /// Who leads as far as we have seen.

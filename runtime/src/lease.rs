@@ -233,12 +233,16 @@ impl<S: LeaseStore> Keeper<S> {
         self.give_back().await;
     }
 
-    /// When to try again: after the pause, but no later than the end of the term.
+    /// When to try again: after the pause, but no later than the end of the term, ours or another's.
     fn next_round(&mut self) -> Duration {
         let now = self.clock.now();
         let pause = self.config.timing.retry.mul_f64(rand::rng().random_range(1.0..1.2));
         let next = now.saturating_add(pause);
-        self.election.term(now).map_or(next, |(_, until)| next.min(until))
+        let ends = match self.election.term(now) {
+            Some((_, until)) => Some(until),
+            None => self.election.expires().filter(|expires| *expires > now),
+        };
+        ends.map_or(next, |ends| next.min(ends))
     }
 
     async fn round(&mut self) -> Result<(), RoundError> {
