@@ -4,3 +4,5 @@
 mod cluster;
 mod crd_rules;
 mod kubelet;
+mod lifetime;
+mod surroundings;

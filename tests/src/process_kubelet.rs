@@ -130,21 +130,22 @@ impl ProcessKubelet {
         }
     }
 
-    /// Stops a node's heartbeats; its pods run on, as behind a broken network.
+    /// Stops a node's heartbeats and all else it tells the API; its pods run on, as those of a node that has
+    /// lost the API server, and with their own connections to it.
     ///
     /// # Errors
     /// When there is no such node.
     pub fn stop_heartbeats(&self, node: &str) -> Result<()> {
-        self.node(node)?.beating.send_replace(false);
+        self.node(node)?.reachable.send_replace(false);
         Ok(())
     }
 
-    /// Sends a node's heartbeats again, the first at once.
+    /// Sends a node's heartbeats again, the first at once, and tells what happened meanwhile.
     ///
     /// # Errors
     /// When there is no such node.
     pub fn resume_heartbeats(&self, node: &str) -> Result<()> {
-        self.node(node)?.beating.send_replace(true);
+        self.node(node)?.reachable.send_replace(true);
         Ok(())
     }
 

@@ -39,11 +39,12 @@ impl ContainerLife {
     /// Runs the container until its restart policy is satisfied or the pod stops. True if it succeeded.
     pub(super) async fn run(mut self) -> bool {
         let mut failures = Failures::new(self.context.kubelet.config.restart_backoff);
+        let mut number = self.facts(|c| c.restarts);
         loop {
             let Some(image) = self.pull().await else { return false };
             let Some(spec) = self.configure(&image).await else { return false };
             let started = Instant::now();
-            let ended = self.run_once(&image, spec).await;
+            let ended = self.run_once(number, &image, spec).await;
             let exit_code = ended.exit_code;
             self.update(|c| {
                 (c.pid, c.ready, c.started) = (None, false, false);
@@ -65,7 +66,7 @@ impl ContainerLife {
             if self.wait_unless_stopped(delay).await {
                 return false;
             }
-            self.update(|c| c.restarts += 1);
+            number += 1;
         }
     }
 
@@ -148,13 +149,12 @@ impl ContainerLife {
         base
     }
 
-    /// Starts it, follows it to its end, and says how it ended.
-    async fn run_once(&mut self, image: &Image, spec: Spec) -> Ended {
+    /// Starts it for the `number`th time after the first, follows it to its end, and says how it ended.
+    async fn run_once(&mut self, number: i32, image: &Image, spec: Spec) -> Ended {
         let started_at = Timestamp::now();
-        let restarts = self.facts(|c| c.restarts);
         let uid = &self.context.bound.uid;
-        let id = format!("process://{uid}/{}/{restarts}", self.container.name);
-        let work = self.context.work.join(format!("{}.{restarts}", self.container.name));
+        let id = format!("process://{uid}/{}/{number}", self.container.name);
+        let work = self.context.work.join(format!("{}.{number}", self.container.name));
         let log = self.context.log(&self.container.name);
         let ended = |exit_code: i32, reason: &str, message: Option<String>| Ended {
             exit_code,
@@ -169,11 +169,13 @@ impl ContainerLife {
             Ok(attempt) => attempt,
             Err(why) => {
                 self.context.warn("Failed", &format!("Error: {why}"));
+                self.update(|c| c.restarts = number);
                 return ended(START_ERROR, "StartError", Some(why));
             }
         };
         self.update(|c| {
             c.state = State::Running { since: started_at };
+            c.restarts = number;
             (c.id, c.pid) = (Some(id.clone()), Some(attempt.pid()));
             c.image_id = image.program.display().to_string();
         });

@@ -31,16 +31,16 @@ const STATUS_EVERY: Duration = Duration::from_secs(10);
 /// One node and what it is doing.
 pub(super) struct Node {
     pub wanted: SimulatedNode,
-    /// Heartbeats are sent.
-    pub beating: watch::Sender<bool>,
-    /// Pods run, and the API hears of them.
+    /// The API hears from it: heartbeats and what becomes of its pods.
+    pub reachable: watch::Sender<bool>,
+    /// Pods run.
     pub powered: watch::Sender<bool>,
     address: Address,
 }
 
 impl Node {
     pub(super) fn new(wanted: SimulatedNode, address: Address) -> Self {
-        Self { wanted, address, beating: watch::Sender::new(true), powered: watch::Sender::new(true) }
+        Self { wanted, address, reachable: watch::Sender::new(true), powered: watch::Sender::new(true) }
     }
 
     pub(super) fn ip(&self) -> Ipv4Addr {
@@ -66,11 +66,11 @@ impl Node {
 
     /// Renews the lease and the status for ever, or while the node has power and is not told to be silent.
     pub(super) async fn beat(&self, client: Client, object: NodeObject, every: Duration) {
-        let (mut beating, mut powered) = (self.beating.subscribe(), self.powered.subscribe());
+        let (mut reachable, mut powered) = (self.reachable.subscribe(), self.powered.subscribe());
         let mut status_at = Instant::now();
         loop {
-            let was_silent = !*beating.borrow() || !*powered.borrow();
-            if beating.wait_for(|b| *b).await.is_err() || powered.wait_for(|p| *p).await.is_err() {
+            let was_silent = !*reachable.borrow() || !*powered.borrow();
+            if reachable.wait_for(|r| *r).await.is_err() || powered.wait_for(|p| *p).await.is_err() {
                 return;
             }
             if let Err(error) = self.renew_lease(&client, &object).await {
@@ -85,7 +85,7 @@ impl Node {
             tokio::select! {
                 // A lost tick only makes the next one earlier.
                 () = tokio::time::sleep(every) => {}
-                _ = beating.changed() => {}
+                _ = reachable.changed() => {}
                 _ = powered.changed() => {}
             }
         }

@@ -51,6 +51,30 @@ impl Stop {
     }
 }
 
+/// The status written last, and the version of the pod that has it.
+struct Written {
+    status: PodStatus,
+    version: Option<u64>,
+}
+
+impl Written {
+    /// True if the API still has our conditions, as far as we have heard. Others write them too: the node
+    /// lifecycle controller does when a node is silent.
+    fn still_holds(&self, pod: &Pod) -> bool {
+        if version(pod) <= self.version {
+            return true;
+        }
+        let theirs = pod.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
+        let ours = self.status.conditions.as_deref().unwrap_or_default();
+        ours.iter().all(|c| theirs.iter().any(|t| t.type_ == c.type_ && t.status == c.status))
+    }
+}
+
+/// Versions of one kind of object are numbers that rise.
+fn version(pod: &Pod) -> Option<u64> {
+    pod.metadata.resource_version.as_ref()?.parse().ok()
+}
+
 /// What everything that serves one pod shares.
 pub(super) struct PodContext {
     pub kubelet: Arc<Kubelet>,
@@ -64,7 +88,7 @@ pub(super) struct PodContext {
     logs: PathBuf,
     wanted: watch::Receiver<Wanted>,
     first: Arc<Pod>,
-    written: Mutex<Option<PodStatus>>,
+    written: Mutex<Option<Written>>,
     _address: Option<Address>,
 }
 
@@ -262,40 +286,45 @@ impl PodContext {
     async fn write_statuses(&self) {
         let mut facts = self.facts.subscribe();
         let mut wanted = self.wanted.clone();
+        let mut reachable = self.node.reachable.subscribe();
         facts.mark_changed();
         loop {
             tokio::select! {
-                // Both only mark what was seen.
+                // All only mark what was seen.
                 _ = facts.changed() => {}
+                _ = reachable.changed() => {}
                 changed = wanted.changed() => if changed.is_err() { return std::future::pending().await },
             }
             self.write_status().await;
         }
     }
 
-    /// Brings the status in the API up to the facts; tries again until it is, or the pod is gone.
+    /// Brings the status in the API up to the facts; tries again until it is, or the pod is gone, or its node
+    /// does not reach the API.
     async fn write_status(&self) {
         let api: Api<Pod> = Api::namespaced(self.kubelet.client.clone(), &self.bound.namespace);
         loop {
             let Wanted::Present(pod) = self.wanted.borrow().clone() else { return };
-            let mut written = self.written.lock().await;
-            let facts = self.facts.borrow().clone();
-            let status = pod_status(&pod, &facts, &self.addresses, written.as_ref(), Timestamp::now());
-            if written.as_ref() == Some(&status) {
+            if !*self.node.reachable.borrow() {
                 return;
             }
-            // The uid keeps this from a later pod of the same name.
-            let body = serde_json::json!({ "metadata": { "uid": self.bound.uid }, "status": status });
-            let patch = Patch::Strategic(body);
+            let mut written = self.written.lock().await;
+            let facts = self.facts.borrow().clone();
+            let before = written.as_ref().map(|w| &w.status);
+            let status = pod_status(&pod, &facts, &self.addresses, before, Timestamp::now());
+            if written.as_ref().is_some_and(|w| w.status == status && w.still_holds(&pod)) {
+                return;
+            }
+            let patch = Patch::Strategic(self.status_patch(&status));
             let params = PatchParams::default();
             let asked = api.patch_status(&self.bound.name, &params, &patch);
             match tokio::time::timeout(Duration::from_secs(10), asked).await {
-                Ok(Ok(_)) => {
-                    *written = Some(status);
+                Ok(Ok(answer)) => {
+                    *written = Some(Written { status, version: version(&answer) });
                     return;
                 }
                 Ok(Err(kube::Error::Api(answer))) if matches!(answer.code, 404 | 409 | 422) => {
-                    tracing::debug!(pod = self.bound.name, why = answer.message, "status refused");
+                    tracing::warn!(pod = self.bound.name, why = answer.message, "status refused");
                     return;
                 }
                 Ok(Err(error)) => tracing::debug!(%error, pod = self.bound.name, "status not written"),
@@ -304,6 +333,18 @@ impl PodContext {
             drop(written);
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    fn status_patch(&self, status: &PodStatus) -> serde_json::Value {
+        // The uid keeps this from a later pod of the same name.
+        let mut patch = serde_json::json!({ "metadata": { "uid": self.bound.uid }, "status": status });
+        for list in ["podIPs", "hostIPs"] {
+            // A patch adds to a list whose elements have a key, unless it says otherwise.
+            if let Some(addresses) = patch["status"][list].as_array_mut() {
+                addresses.push(serde_json::json!({ "$patch": "replace" }));
+            }
+        }
+        patch
     }
 
     /// Tells the API that the processes of a deleted pod are gone.
@@ -315,7 +356,8 @@ impl PodContext {
             preconditions: Some(Preconditions { uid, resource_version: None }),
             ..DeleteParams::default()
         };
-        while matches!(&*self.wanted.borrow(), Wanted::Present(_)) {
+        let mut reachable = self.node.reachable.subscribe();
+        while matches!(&*self.wanted.borrow(), Wanted::Present(_)) && reachable.wait_for(|r| *r).await.is_ok() {
             match tokio::time::timeout(Duration::from_secs(10), api.delete(&self.bound.name, &params)).await {
                 Ok(Ok(_)) => return,
                 Ok(Err(kube::Error::Api(answer))) if matches!(answer.code, 404 | 409) => return,

@@ -181,7 +181,7 @@ async fn http_get(get: &HTTPGetAction, container: &Container, target: &Target) -
 /// Runs a command inside the container's namespaces.
 async fn execute(command: &[String], target: &Target) -> Result<(), String> {
     let output = Command::new("nsenter")
-        .args(["--target", &target.pid.to_string(), "--mount", "--pid", "--"])
+        .args(["--target", &target.pid.to_string(), "--mount", "--pid", "--root", "--"])
         .args(command)
         .kill_on_drop(true)
         .output()
