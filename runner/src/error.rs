@@ -68,11 +68,8 @@ pub enum ModelError {
 #[non_exhaustive]
 pub enum ExpertsError {
     /// No placement to compute on.
-    #[error("no placement was routed within {waited:?}: see the ExpertPlacement's conditions")]
-    NoRoutes {
-        /// How long was waited.
-        waited: Duration,
-    },
+    #[error("no placement is routed yet: see the ExpertPlacement's conditions")]
+    NoRoutes,
     /// Nobody could compute an expert for longer than the deadline.
     #[error(
         "expert {expert} of layer {layer} had no live replica for {waited:?} ({last}): see the ExpertPlacement's conditions"

@@ -6,4 +6,5 @@ pub mod experts;
 pub mod load;
 pub mod model;
 mod num;
+pub mod routes;
 mod step;

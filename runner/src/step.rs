@@ -69,7 +69,7 @@ pub(crate) fn run(
     cancelled: &(impl Fn() -> bool + Clone + Send + 'static),
     counts: &mut CallCounts,
 ) -> Result<StepOutput, StepError> {
-    let mut step = experts.begin();
+    let mut step = experts.begin()?;
     let result = layers(model, step.as_mut(), load, parts, cancelled);
     counts.add(step.counts());
     let parts = result?;

@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use super::{EngineConfig, EngineStats, Reason, sequence::Sequence};
@@ -56,8 +56,14 @@ impl Desk {
         while self.arrive(arrivals) && !self.stop.load(Ordering::Acquire) {
             self.sweep();
             self.admit();
-            if !self.running.is_empty() {
+            if self.running.is_empty() {
+                continue;
+            }
+            if self.experts.ready() {
                 self.step();
+            } else {
+                // Requests wait for the first routes as for everything else: until their deadline.
+                std::thread::sleep(LOOK);
             }
         }
         let stopping = "the runner is stopping: send the request to another instance";
@@ -87,7 +93,7 @@ impl Desk {
 
     /// Lets go of what nobody waits for and of what took too long.
     fn sweep(&mut self) {
-        let now = Instant::now();
+        let now = self.config.clock.now();
         let over = |sequence: &Sequence| sequence.cancelled() || now >= sequence.deadline;
         let mut leaving: Vec<Sequence> = self.running.extract_if(.., |sequence| over(sequence)).collect();
         let (gone, kept) = self.waiting.drain(..).partition::<Vec<_>, _>(over);
@@ -102,7 +108,8 @@ impl Desk {
         if sequence.cancelled() {
             self.end(sequence, Reason::Cancelled, String::new());
         } else {
-            self.end(sequence, Reason::Error, "the request's deadline has passed: allow more time".to_owned());
+            let why = if self.experts.ready() { "allow more time" } else { "no placement is routed yet" };
+            self.end(sequence, Reason::Error, format!("the request's deadline has passed: {why}"));
         }
     }
 
@@ -123,8 +130,9 @@ impl Desk {
         let shares = self.shares();
         let listeners: Vec<_> = self.running.iter().map(|sequence| (sequence.listener(), sequence.deadline)).collect();
         let stop = Arc::clone(&self.stop);
+        let clock = self.config.clock.clone();
         let nobody_waits = move || {
-            let now = Instant::now();
+            let now = clock.now();
             stop.load(Ordering::Acquire)
                 || listeners.iter().all(|(events, deadline)| events.is_closed() || now >= *deadline)
         };
@@ -213,7 +221,7 @@ impl Desk {
             stats.failed += u64::from(reason == Reason::Error);
             stats.retried += u64::from(sequence.counts.retried > 0);
         });
-        sequence.finish(&self.model, reason, error);
+        sequence.finish(&self.model, self.config.clock.now(), reason, error);
     }
 
     fn report(&self) {

@@ -14,9 +14,10 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc::{SyncSender, TrySendError, sync_channel},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
+use berth_runtime::Clock;
 use berth_types::Revision;
 use tokio::sync::mpsc;
 
@@ -110,6 +111,8 @@ pub enum Reason {
 /// Bounds of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
+    /// Time.
+    pub clock: Clock,
     /// Bytes of cache that all sequences together may reserve.
     pub cache_bytes: u64,
     /// Tokens of one step.
@@ -127,6 +130,7 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
+            clock: Clock::real(),
             cache_bytes: 1 << 30,
             step_tokens: 256,
             prefill_tokens: 128,
@@ -258,8 +262,9 @@ impl Engine {
         if self.shared.closed.load(Ordering::Acquire) {
             return Err("the runner is stopping: send the request to another instance".to_owned());
         }
-        let deadline = Instant::now() + request.deadline.unwrap_or(self.shared.config.deadline);
-        let sequence = Sequence::new(request, events, model, bytes, deadline);
+        let now = self.shared.config.clock.now();
+        let deadline = now.saturating_add(request.deadline.unwrap_or(self.shared.config.deadline));
+        let sequence = Sequence::new(request, events, model, bytes, (now, deadline));
         // Counted before it can be seen, so that `idle` never overlooks it.
         self.shared.count(|stats| stats.accepted += 1);
         let refused = match self.shared.door.try_send(sequence) {

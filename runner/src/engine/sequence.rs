@@ -1,6 +1,6 @@
 //! One request on its way: its tokens, its cache and who hears about it.
 
-use std::time::Instant;
+use std::time::Duration;
 
 use berth_types::Revision;
 use tokio::sync::mpsc;
@@ -26,12 +26,13 @@ pub(crate) struct Sequence {
     /// Cache bytes reserved for the whole sequence.
     pub(crate) bytes: u64,
     pub(crate) counts: CallCounts,
-    pub(crate) deadline: Instant,
+    /// On the engine's clock.
+    pub(crate) deadline: Duration,
     prompt: usize,
     max_tokens: usize,
     ignore_eos: bool,
     trace: bool,
-    started: Instant,
+    started: Duration,
     pieces: Pieces,
     events: mpsc::Sender<Event>,
 }
@@ -43,7 +44,7 @@ impl Sequence {
         events: mpsc::Sender<Event>,
         model: &Model,
         bytes: u64,
-        deadline: Instant,
+        (started, deadline): (Duration, Duration),
     ) -> Self {
         let Request { prompt_ids, max_tokens, ignore_eos, trace, deadline: _ } = request;
         let sequence = Self {
@@ -57,7 +58,7 @@ impl Sequence {
             max_tokens: usize_of(max_tokens),
             ignore_eos,
             trace,
-            started: Instant::now(),
+            started,
             pieces: Pieces::default(),
             events,
             ids: prompt_ids,
@@ -134,13 +135,13 @@ impl Sequence {
     }
 
     /// Says how it ended.
-    pub(crate) fn finish(mut self, model: &Model, reason: Reason, error: String) {
+    pub(crate) fn finish(mut self, model: &Model, now: Duration, reason: Reason, error: String) {
         let finished = Finished {
             reason,
             error,
             text: self.pieces.finish(&model.text),
             counts: self.counts,
-            seconds: self.started.elapsed().as_secs_f64(),
+            seconds: now.saturating_sub(self.started).as_secs_f64(),
         };
         self.say(Event::Finished(finished));
     }

@@ -41,8 +41,8 @@ impl LocalExperts {
 }
 
 impl ExpertCalls for LocalExperts {
-    fn begin(&self) -> Box<dyn StepCalls> {
-        Box::new(LocalStep { experts: self.clone(), counts: CallCounts::default() })
+    fn begin(&self) -> Result<Box<dyn StepCalls>, ExpertsError> {
+        Ok(Box::new(LocalStep { experts: self.clone(), counts: CallCounts::default() }))
     }
 }
 

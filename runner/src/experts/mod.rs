@@ -1,7 +1,13 @@
 //! The seam between a model and its routed experts. A layer's calls are started, and answered later: by the workers
 //! of a placement (`remote`) or, in tests and measurements, by this process (`local`).
 
+mod delivery;
+mod directory;
+mod link;
 mod local;
+mod message;
+mod pace;
+mod remote;
 
 use std::{
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
@@ -10,7 +16,11 @@ use std::{
 
 use berth_types::{LayerId, Revision};
 
-pub use self::local::LocalExperts;
+pub use self::{
+    directory::InUse,
+    local::LocalExperts,
+    remote::{Experts, ExpertsConfig, ExpertsStats},
+};
 use crate::error::{ExpertsError, StepError};
 
 /// What the rows of one step want from one layer's routed experts.
@@ -54,8 +64,16 @@ impl CallCounts {
 
 /// Where routed experts are computed.
 pub trait ExpertCalls: Send + Sync + std::fmt::Debug {
+    /// Whether there is a placement to begin steps on.
+    fn ready(&self) -> bool {
+        true
+    }
+
     /// Begins a step on the placement that is current now.
-    fn begin(&self) -> Box<dyn StepCalls>;
+    ///
+    /// # Errors
+    /// [`ExpertsError::NoRoutes`] when there is none.
+    fn begin(&self) -> Result<Box<dyn StepCalls>, ExpertsError>;
 }
 
 /// The calls of one step. Dropping it ends the step.
@@ -82,6 +100,8 @@ type Answer = Result<Vec<f32>, ExpertsError>;
 pub struct Pending {
     answer: Receiver<Answer>,
     cancelled: Option<Box<dyn Fn() -> bool + Send>>,
+    /// Ends the calls when dropped.
+    holder: Option<Box<dyn Send>>,
 }
 
 impl Pending {
@@ -92,7 +112,7 @@ impl Pending {
     #[must_use]
     pub fn channel() -> (SyncSender<Answer>, Self) {
         let (give, answer) = sync_channel(1);
-        (give, Self { answer, cancelled: None })
+        (give, Self { answer, cancelled: None, holder: None })
     }
 
     /// An answer that is there already.
@@ -102,6 +122,13 @@ impl Pending {
         // The channel holds one answer and its receiver is alive: there is room.
         let _ = give.try_send(answer);
         pending
+    }
+
+    /// Drops `holder` with this.
+    #[must_use]
+    pub fn held_by(mut self, holder: impl Send + 'static) -> Self {
+        self.holder = Some(Box::new(holder));
+        self
     }
 
     /// Gives up waiting once `cancelled` says so.

@@ -25,12 +25,6 @@ impl Cache {
         &self.layers[layer]
     }
 
-    /// Tokens that every layer holds.
-    #[cfg(test)]
-    pub(crate) fn tokens(&self) -> usize {
-        self.layers.last().map_or(0, |rows| rows.len() / self.width)
-    }
-
     /// Values of a row.
     pub(crate) fn width(&self) -> usize {
         self.width

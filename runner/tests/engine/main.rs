@@ -2,4 +2,6 @@
 
 mod invariance;
 mod reference;
+mod retry;
 mod tiny;
+mod worker;

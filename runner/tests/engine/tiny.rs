@@ -122,7 +122,6 @@ pub(crate) fn write(dir: &Path, config: &Value, seed: u8) {
 #[derive(Clone)]
 pub(crate) struct Loaded {
     pub(crate) model: Arc<Model>,
-    pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) local: LocalExperts,
 }
 
@@ -132,7 +131,7 @@ pub(crate) fn load(dir: &Path) -> Loaded {
     let model = Model::load(Arc::clone(&checkpoint), dir).unwrap();
     let backend = berth_kernels::open(BackendKind::Cpu).unwrap();
     let local = LocalExperts::load(&model, &checkpoint, backend).unwrap();
-    Loaded { model, checkpoint, local }
+    Loaded { model, local }
 }
 
 /// A random model of `config`.
