@@ -101,6 +101,30 @@ impl ControlPlane {
         Ok(plane)
     }
 
+    /// A control plane that runs already: `kubeconfig` is the admin's. Nothing of it is ended with this value.
+    ///
+    /// # Errors
+    /// When the kubeconfig cannot be used, or the binaries (kubectl, helm) not built.
+    pub async fn attach(config: ControlPlaneConfig, kubeconfig: &Path) -> Result<Self> {
+        let tool = tokio::task::spawn_blocking(ClusterTool::locate).await.unwrap_or_else(|panic| {
+            std::panic::resume_unwind(panic.into_panic());
+        })?;
+        let (dir, lock) = take_dir(&config)?;
+        let own = dir.join("admin.kubeconfig");
+        fs::copy(kubeconfig, &own).map_err(Error::file("copy", kubeconfig))?;
+        let config = client_config(&own).await?;
+        let [port] = free_ports()?;
+        Ok(Self {
+            url: config.cluster_url.to_string().trim_end_matches('/').to_owned(),
+            config,
+            addresses: Arc::new(AddressPool::of_port(port)),
+            tool,
+            dir,
+            processes: Vec::new(),
+            _lock: lock,
+        })
+    }
+
     /// A new client with all rights. Each belongs to the runtime it is made in.
     ///
     /// # Errors

@@ -70,6 +70,24 @@ pub enum Error {
         /// What was looked for.
         what: &'static str,
     },
+    /// A runner did not do what it was asked.
+    #[error("{doing}: {why}")]
+    Runner {
+        /// What was being asked.
+        doing: String,
+        /// What came back.
+        why: String,
+    },
+    /// The system did not get where it should in time.
+    #[error("waited {waited:?} for {what}; last seen: {state}")]
+    Wait {
+        /// What was waited for.
+        what: String,
+        /// How long.
+        waited: Duration,
+        /// The state at the end.
+        state: String,
+    },
     /// Something that was named does not exist here.
     #[error("there is no {what} {name:?} here")]
     Unknown {

@@ -11,6 +11,7 @@
 pub mod address;
 pub mod cluster_tool;
 pub mod control_plane;
+pub mod demo;
 mod error;
 pub mod process_kubelet;
 pub mod tied_process;

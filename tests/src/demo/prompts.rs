@@ -137,7 +137,9 @@ impl Runner {
         let mut client = self.client.clone();
         match tokio::time::timeout(CALL_DEADLINE, client.describe(DescribeRequest {})).await {
             Ok(answer) => Ok(answer.map_err(refused)?.into_inner()),
-            Err(_) => Err(Error::Runner { doing: "describe".into(), why: format!("no answer after {CALL_DEADLINE:?}") }),
+            Err(_) => {
+                Err(Error::Runner { doing: "describe".into(), why: format!("no answer after {CALL_DEADLINE:?}") })
+            }
         }
     }
 }

@@ -1,0 +1,195 @@
+//! The main job, from nothing to tokens through the loss of a device: what `make demo` runs and what tests run with
+//! other checkpoints. Uses the system only as a user would: helm, kubectl, objects, prompts.
+
+pub mod cluster;
+mod fault;
+pub mod objects;
+mod progress;
+pub mod prompts;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use berth_crds::ModelDeployment;
+use kube::Client;
+
+use crate::{Error, Result};
+use cluster::Cluster;
+use progress::Progress;
+use prompts::{Case, Runner};
+
+pub use report::{FaultReport, PlacementReport, PromptReport, Report};
+
+/// Longest time for each thing that is waited for.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// Tokens of the long prompt in whose middle the device is lost.
+const LONG: u32 = 400;
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the run, for its folder under `target/cluster`.
+    pub name: String,
+    /// Folder of the checkpoint to serve.
+    pub checkpoint: PathBuf,
+    /// Where the report goes.
+    pub report: PathBuf,
+    /// A cluster to use instead of starting one.
+    pub kubeconfig: Option<PathBuf>,
+    /// Leave everything running until Ctrl-C.
+    pub keep: bool,
+}
+
+/// Runs the demo and writes its report.
+///
+/// # Errors
+/// When a step does not get where it should; the error says what was waited for and what to look at.
+pub async fn run(options: &Options) -> Result<Report> {
+    let mut progress = Progress::start();
+    let checkpoint = options.checkpoint.canonicalize().map_err(Error::file("find", &options.checkpoint))?;
+    let cases = prompts::read_cases(&checkpoint)?;
+    progress.step("control_plane", "starting etcd, kube-apiserver, controller manager and scheduler");
+    let cluster = Cluster::start(options).await?;
+    let outcome = serve(&cluster, &checkpoint, &cases, &mut progress).await;
+    if let Err(error) = &outcome {
+        progress.detail(&format!("failed: {error}"));
+        progress.detail(&format!("look at the logs of the pods under {}", cluster.dir().display()));
+    }
+    if options.keep {
+        progress.step("keep", "left running; Ctrl-C ends it");
+        progress.detail(&cluster.how_to_look());
+        // An error here means that there are no signals to wait for: end at once.
+        let _ = tokio::signal::ctrl_c().await;
+    }
+    progress.step("end", "uninstalling and stopping everything");
+    let ended = cluster.end().await;
+    let mut report = outcome?;
+    ended?;
+    report.checkpoint = checkpoint;
+    report.durations_s = progress.finish();
+    report.write(&options.report)?;
+    Ok(report)
+}
+
+async fn serve(cluster: &Cluster, checkpoint: &Path, cases: &[Case], progress: &mut Progress) -> Result<Report> {
+    let client = cluster.client();
+    progress.step("install", "installing the chart: operator, scheduler, agents");
+    cluster.install(checkpoint).await?;
+    progress.detail(&cluster.kubectl(&["-n", cluster::NAMESPACE, "get", "pods", "-o", "wide"]).await?);
+
+    progress.step("nodes", "waiting for the agents' reports");
+    objects::nodes_are_healthy(client, cluster::NODES, PATIENCE).await?;
+    progress.detail(&cluster.kubectl(&["get", "acceleratornodes"]).await?);
+
+    progress.step("apply", "applying a ModelProfile and a ModelDeployment that survives the loss of a node");
+    cluster.apply_model(checkpoint).await?;
+    let deployment = objects::deployment_is_ready(client, PATIENCE).await?;
+    progress.detail(&cluster.kubectl(&["-n", objects::NAMESPACE, "get", "berth"]).await?);
+
+    let runner = Runner::at(&endpoint(&deployment)?)?;
+    let mut report = Report::default();
+    progress.step("prompts_before", "serving prompts");
+    serve_all(&runner, cases, "before", &mut report, progress).await?;
+    let long = long_case(&runner, cases).await?;
+
+    lose_one(cluster, &runner, &long, &mut report, progress).await?;
+
+    progress.step("prompts_after", "serving the same prompts on the repaired placement");
+    serve_all(&runner, cases, "after", &mut report, progress).await?;
+    Ok(report)
+}
+
+/// Address of the first instance's runner.
+fn endpoint(deployment: &ModelDeployment) -> Result<String> {
+    let instances = deployment.status.clone().unwrap_or_default().instances;
+    instances.into_iter().map(|instance| instance.endpoint).find(|endpoint| !endpoint.is_empty()).ok_or_else(|| {
+        Error::Runner { doing: "find the runner".into(), why: "status.instances has no endpoint".into() }
+    })
+}
+
+async fn serve_all(
+    runner: &Runner,
+    cases: &[Case],
+    phase: &'static str,
+    report: &mut Report,
+    progress: &Progress,
+) -> Result<()> {
+    for case in cases {
+        let answer = runner.generate(case, case.max_tokens, |_| ()).await?;
+        let prompt = PromptReport {
+            phase,
+            prompt_ids: case.prompt_ids.clone(),
+            generated_ids: answer.ids,
+            expected_ids: case.expected.clone(),
+        };
+        progress.detail(&format!("{:?} {}", prompt.generated_ids, verdict(&prompt)));
+        report.prompts.push(prompt);
+    }
+    Ok(())
+}
+
+fn verdict(prompt: &PromptReport) -> &'static str {
+    match (&prompt.expected_ids, prompt.is_right()) {
+        (None, _) => "(no reference)",
+        (Some(_), true) => "= reference",
+        (Some(_), false) => "differs from the reference",
+    }
+}
+
+/// The first prompt, generated far: what it gives on the undisturbed placement is what it must give later.
+async fn long_case(runner: &Runner, cases: &[Case]) -> Result<Case> {
+    let case = cases.first().ok_or_else(|| Error::Runner {
+        doing: "choose a prompt".into(),
+        why: "reference.json has no cases: give it one, or remove it".into(),
+    })?;
+    let answer = runner.generate(case, LONG, |_| ()).await?;
+    Ok(Case { prompt_ids: case.prompt_ids.clone(), expected: Some(answer.ids), max_tokens: LONG })
+}
+
+async fn lose_one(
+    cluster: &Cluster,
+    runner: &Runner,
+    long: &Case,
+    report: &mut Report,
+    progress: &mut Progress,
+) -> Result<()> {
+    let client: &Client = cluster.client();
+    let before = objects::placement(client).await?.status.unwrap_or_default();
+    let devices = before.assignment.map(|assignment| assignment.devices).unwrap_or_default();
+    let device = devices.into_iter().next().ok_or_else(|| Error::Runner {
+        doing: "choose a device to lose".into(),
+        why: "the placement has no devices".into(),
+    })?;
+    progress.step("fault", &format!("Xid 79: {device} falls off the bus between two tokens"));
+    let inject = cluster.losing(&device)?;
+    let measured = fault::lose_device(runner, long, LONG, device.as_str(), inject).await?;
+    let after = objects::repaired(client, before.serving_revision, PATIENCE).await?.status.unwrap_or_default();
+    for answer in measured.answers {
+        report.prompts.push(PromptReport {
+            phase: "during",
+            prompt_ids: long.prompt_ids.clone(),
+            generated_ids: answer.ids,
+            expected_ids: long.expected.clone(),
+        });
+    }
+    let fault = &measured.report;
+    progress.detail(&format!(
+        "detected {:.0} ms, rerouted {:.0} ms, repaired {:.0} ms; calls refused {}, requests retried {}, failed {}",
+        fault.detected_ms,
+        fault.rerouted_ms,
+        fault.repaired_ms,
+        fault.refused_calls,
+        fault.retried_requests,
+        fault.failed_requests
+    ));
+    progress.detail(&cluster.kubectl(&["get", "acceleratornodes,expertplacements", "-A"]).await?);
+    report.fault.push(measured.report);
+    report.placement = PlacementReport {
+        revision_before: before.serving_revision,
+        revision_after: after.serving_revision,
+        balancedness: after.balancedness,
+        moved_bytes: after.moved_bytes.get(),
+    };
+    Ok(())
+}

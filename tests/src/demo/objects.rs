@@ -1,0 +1,131 @@
+//! What the demo applies and what it waits for, through the API server like any user.
+
+use std::time::{Duration, Instant};
+
+use berth_crds::conditions::{ConditionType, is_true};
+use berth_crds::{AcceleratorNode, ExpertPlacement, ModelDeployment};
+use kube::{Api, Client};
+use serde_json::{Value, json};
+
+use crate::{Error, Result};
+
+/// Namespace of the demo's deployment.
+pub const NAMESPACE: &str = "models";
+/// Name of the demo's ModelDeployment.
+pub const DEPLOYMENT: &str = "demo";
+/// Between two looks at an object that is waited for.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// The ModelDeployment for a checkpoint folder: survives the loss of a node.
+#[must_use]
+pub fn deployment(profile: &str, checkpoint: &std::path::Path) -> Value {
+    json!({
+        "apiVersion": "berth.dev/v1alpha1",
+        "kind": "ModelDeployment",
+        "metadata": {"name": DEPLOYMENT, "namespace": NAMESPACE},
+        "spec": {
+            "model": profile,
+            "weights": {"uri": format!("file://{}", checkpoint.display())},
+            "replicas": 1,
+            "redundancy": {"survive": "node"},
+        },
+    })
+}
+
+/// Looks at `what` until `ready` gives something, at most `within`.
+///
+/// # Errors
+/// When the deadline passes; the error tells what `describe` says of the last state.
+pub async fn wait_for<T, F, R>(what: &str, within: Duration, mut ready: F) -> Result<T>
+where
+    F: FnMut() -> R,
+    R: Future<Output = Result<std::result::Result<T, String>>>,
+{
+    let started = Instant::now();
+    loop {
+        let state = match ready().await? {
+            Ok(found) => return Ok(found),
+            Err(state) => state,
+        };
+        if started.elapsed() > within {
+            return Err(Error::Wait { what: what.to_owned(), waited: within, state });
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Waits until `count` AcceleratorNodes report healthy devices and host.
+///
+/// # Errors
+/// When they do not in time.
+pub async fn nodes_are_healthy(client: &Client, count: usize, within: Duration) -> Result<Vec<AcceleratorNode>> {
+    let api: Api<AcceleratorNode> = Api::all(client.clone());
+    wait_for("healthy accelerator nodes", within, || async {
+        let nodes = api.list(&Default::default()).await.map_err(Error::api("list AcceleratorNodes"))?.items;
+        let healthy = nodes.iter().filter(|node| {
+            let status = node.status.as_ref();
+            status.is_some_and(|status| {
+                !status.devices.is_empty() && status.summary.healthy == status.summary.devices && node.spec.native
+            })
+        });
+        Ok(if healthy.count() == count { Ok(nodes) } else { Err(describe_nodes(&nodes)) })
+    })
+    .await
+}
+
+fn describe_nodes(nodes: &[AcceleratorNode]) -> String {
+    let line = |node: &AcceleratorNode| {
+        let summary = node.status.clone().unwrap_or_default().summary;
+        let name = node.metadata.name.clone().unwrap_or_default();
+        format!("{name}: {}/{} devices healthy, {}", summary.healthy, summary.devices, summary.reason)
+    };
+    if nodes.is_empty() {
+        "no AcceleratorNode".to_owned()
+    } else {
+        nodes.iter().map(line).collect::<Vec<_>>().join("; ")
+    }
+}
+
+/// The demo's ModelDeployment once it is Ready.
+///
+/// # Errors
+/// When it is not in time; the error shows its summary.
+pub async fn deployment_is_ready(client: &Client, within: Duration) -> Result<ModelDeployment> {
+    let api: Api<ModelDeployment> = Api::namespaced(client.clone(), NAMESPACE);
+    wait_for("the ModelDeployment to be Ready", within, || async {
+        let deployment = api.get(DEPLOYMENT).await.map_err(Error::api("get the ModelDeployment"))?;
+        let status = deployment.status.clone().unwrap_or_default();
+        let current = status.observed_generation == deployment.metadata.generation;
+        let ready = current && is_true(&status.conditions, ConditionType::Ready);
+        Ok(if ready { Ok(deployment) } else { Err(format!("{}: {}", status.phase, status.summary.message)) })
+    })
+    .await
+}
+
+/// The demo's ExpertPlacement (it has one instance).
+///
+/// # Errors
+/// When there is none.
+pub async fn placement(client: &Client) -> Result<ExpertPlacement> {
+    let api: Api<ExpertPlacement> = Api::namespaced(client.clone(), NAMESPACE);
+    let found = api.list(&Default::default()).await.map_err(Error::api("list ExpertPlacements"))?.items;
+    found.into_iter().next().ok_or_else(|| Error::Wait {
+        what: "an ExpertPlacement".to_owned(),
+        waited: Duration::ZERO,
+        state: "there is none".to_owned(),
+    })
+}
+
+/// The demo's ExpertPlacement once a revision above `before` serves.
+///
+/// # Errors
+/// When none does in time.
+pub async fn repaired(client: &Client, before: u64, within: Duration) -> Result<ExpertPlacement> {
+    wait_for("a repaired placement", within, || async {
+        let placement = placement(client).await?;
+        let status = placement.status.clone().unwrap_or_default();
+        let state = format!("revision {} serves; {}", status.serving_revision, status.why);
+        Ok(if status.serving_revision > before && status.experts_lost == 0 { Ok(placement) } else { Err(state) })
+    })
+    .await
+}
