@@ -39,14 +39,16 @@ impl DeviceMemory {
         self.device.scaled(TRANSITION_PERCENT, 100).max(expert)
     }
 
+    /// device × 0.92 − workspace − committed: what a move may fill, transition room included.
+    #[must_use]
+    pub fn room(&self) -> Bytes {
+        self.device.scaled(USABLE_PERCENT, 100).minus(self.workspace).minus(self.committed)
+    }
+
     /// usable = device × 0.92 − workspace − transition − committed.
     #[must_use]
     pub fn usable(&self, expert: Bytes) -> Bytes {
-        self.device
-            .scaled(USABLE_PERCENT, 100)
-            .minus(self.workspace)
-            .minus(self.transition(expert))
-            .minus(self.committed)
+        self.room().minus(self.transition(expert))
     }
 
     /// Slots per expert layer: usable ÷ Σ layers' expert bytes. `expert` is the bytes of one expert in
