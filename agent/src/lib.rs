@@ -1,1 +1,3 @@
 //! One node: device health, workers, orders.
+
+pub mod worker;
