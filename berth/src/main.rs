@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod kernels;
 mod verdict;
+mod worker;
 
 use verdict::Verdict;
 
@@ -22,12 +23,16 @@ struct Cli {
 enum Command {
     /// Check or measure the expert kernels of this machine.
     Kernels(kernels::KernelsArgs),
+    /// One device's process, started by an agent
+    #[command(hide = true)]
+    Worker(worker::Args),
 }
 
 fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
     let outcome: anyhow::Result<Verdict> = match command {
         Command::Kernels(args) => kernels::run(&args),
+        Command::Worker(args) => worker::run(args),
     };
     verdict::exit(outcome)
 }
