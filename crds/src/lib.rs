@@ -33,6 +33,10 @@ pub const TAINT_NATIVE: &str = "berth.dev/native";
 pub const LABEL_DEPLOYMENT: &str = "berth.dev/deployment";
 /// Label on everything made for an instance: the ExpertPlacement's name.
 pub const LABEL_PLACEMENT: &str = "berth.dev/placement";
+/// Label on everything made for an instance: hash of what it serves. An instance of another hash is replaced.
+pub const LABEL_TEMPLATE: &str = "berth.dev/template";
+/// Label on everything made for an instance: its index, from 0.
+pub const LABEL_INSTANCE: &str = "berth.dev/instance";
 /// Field managers for server-side apply, one per part.
 pub mod managers {
     /// The operator.

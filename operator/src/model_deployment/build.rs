@@ -1,0 +1,279 @@
+//! Step 3: the objects as they should be. Pure: the same inputs give the same objects, byte for byte.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use berth_crds::{
+    ExpertPlacement, ExpertPlacementSpec, LABEL_DEPLOYMENT, LABEL_INSTANCE, LABEL_PLACEMENT, LABEL_TEMPLATE,
+    TAINT_NATIVE,
+};
+use berth_types::Bytes;
+use k8s_openapi::api::apps::v1::Deployment;
+use kube::{Resource, ResourceExt, api::ObjectMeta};
+
+use super::{
+    dereference::Dereferenced,
+    rollout::{Instance, SERVE_PORT, Steps, observe, roll},
+    validate::{Accepted, Checked, Roots},
+};
+
+/// Port of the runner's admin endpoints.
+const ADMIN_PORT: u16 = 8081;
+
+/// What every runner is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunnerConfig {
+    /// Image of the runner's container.
+    pub image: String,
+    /// When the image is pulled: `Always`, `IfNotPresent` or `Never`.
+    pub image_pull_policy: String,
+    /// ServiceAccount of the runner's pods; empty = the namespace's default.
+    pub service_account: String,
+    /// The scheduler's Lease, `<namespace>/<name>`.
+    pub scheduler_lease: String,
+    /// Folders of the nodes that weights may lie in.
+    pub roots: Roots,
+}
+
+/// One instance as it should be.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Its placement.
+    pub placement: ExpertPlacement,
+    /// Its runner.
+    pub runner: Deployment,
+}
+
+/// One instance that should end: first its runner, then, when no pod of it is left, its placement.
+#[derive(Clone, Debug)]
+pub struct Ending {
+    /// Its placement.
+    pub placement: Arc<ExpertPlacement>,
+    /// Its runner, if there still is one.
+    pub runner: Option<Arc<Deployment>>,
+    /// Pods that still run.
+    pub pods: usize,
+}
+
+/// Everything the next step should make true.
+#[derive(Clone, Debug, Default)]
+pub struct Prepared {
+    /// Instances to make or keep.
+    pub wanted: Vec<Wanted>,
+    /// Names of instances that stay as they are for now.
+    pub left: Vec<String>,
+    /// Instances to end.
+    pub ending: Vec<Ending>,
+}
+
+/// Builds the objects. Nothing is made for a spec that was rejected, and nothing that runs is touched then.
+#[must_use]
+pub fn build(found: &Dereferenced, checked: &Checked, config: &RunnerConfig) -> Prepared {
+    let instances = observe(&found.placements, &found.pods);
+    let replicas = u32::try_from(found.deployment.spec.replicas).unwrap_or(0);
+    let Ok(accepted) = &checked.outcome else {
+        let (left, ended): (Vec<_>, Vec<_>) = instances.iter().partition(|instance| instance.index < replicas);
+        let left = left.into_iter().map(|instance| instance.name.clone()).collect();
+        return Prepared { wanted: Vec::new(), left, ending: ended.into_iter().map(|i| ending(found, i)).collect() };
+    };
+    let steps = roll(replicas, found.grant.verdict.allowed, &accepted.template, &instances);
+    let Steps { keep, keep_old, create, retire } = steps;
+    let named = |name: &String| instances.iter().find(|instance| instance.name == *name);
+    let kept = keep.iter().filter_map(named).map(|instance| (instance.index, Some(&instance.placement)));
+    let all = kept.chain(create.into_iter().map(|index| (index, None)));
+    let wanted = all
+        .map(|(index, live)| {
+            let placement = placement(found, accepted, index, live);
+            let runner = runner(found, accepted, config, &placement);
+            Wanted { placement, runner }
+        })
+        .collect();
+    let ending = retire.iter().filter_map(named).map(|instance| ending(found, instance)).collect();
+    Prepared { wanted, left: keep_old, ending }
+}
+
+fn ending(found: &Dereferenced, instance: &Instance) -> Ending {
+    let runner = found.runners.get(&instance.name).cloned();
+    Ending { placement: Arc::clone(&instance.placement), runner, pods: instance.pods }
+}
+
+fn labels(found: &Dereferenced, accepted: &Accepted, name: &str, index: &str) -> BTreeMap<String, String> {
+    [
+        ("app.kubernetes.io/name", "berth-runner"),
+        ("app.kubernetes.io/instance", name),
+        ("app.kubernetes.io/component", "runner"),
+        ("app.kubernetes.io/part-of", "berth"),
+        ("app.kubernetes.io/managed-by", "berth-operator"),
+        (LABEL_DEPLOYMENT, &found.deployment.name_any()),
+        (LABEL_PLACEMENT, name),
+        (LABEL_TEMPLATE, &accepted.template),
+        (LABEL_INSTANCE, index),
+    ]
+    .into_iter()
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .collect()
+}
+
+fn metadata(found: &Dereferenced, name: String, labels: BTreeMap<String, String>) -> ObjectMeta {
+    ObjectMeta {
+        namespace: found.deployment.namespace(),
+        owner_references: found.deployment.controller_owner_ref(&()).map(|owner| vec![owner]),
+        labels: Some(labels),
+        name: Some(name),
+        ..ObjectMeta::default()
+    }
+}
+
+fn placement(
+    found: &Dereferenced,
+    accepted: &Accepted,
+    index: u32,
+    live: Option<&Arc<ExpertPlacement>>,
+) -> ExpertPlacement {
+    let (spec, profile) = (&found.deployment.spec, &accepted.profile.spec);
+    let name = format!("{}-{}-{index}", found.deployment.name_any(), accepted.template);
+    // A grant stays what it was while the instance lives.
+    let per_instance = Some(found.grant.verdict.per_instance).filter(|devices| *devices > 0);
+    let granted = live.and_then(|placement| placement.spec.granted_devices).or(per_instance);
+    let labels = labels(found, accepted, &name, &index.to_string());
+    ExpertPlacement {
+        metadata: metadata(found, name, labels),
+        spec: ExpertPlacementSpec {
+            model: spec.model.clone(),
+            geometry: profile.geometry.clone(),
+            vendor_formats: profile.vendor_formats.clone(),
+            non_expert_bytes: profile.non_expert_bytes,
+            kv_budget_bytes: kv_budget(accepted),
+            weights: spec.weights.clone(),
+            devices: spec.devices.clone(),
+            redundancy: spec.redundancy.clone(),
+            granted_devices: granted.filter(|_| spec.queue.is_some()),
+            priority: found.grant.verdict.priority,
+            paused: spec.paused,
+        },
+        status: None,
+    }
+}
+
+/// Cache for one sequence of the longest context that the profile allows.
+fn kv_budget(accepted: &Accepted) -> Bytes {
+    let profile = &accepted.profile.spec;
+    profile.kv_bytes_per_token.times(profile.context).plus(profile.kv_fixed_bytes_per_sequence)
+}
+
+/// Bytes as Kubernetes prints them back: the largest binary suffix that divides them, rounded up to MiB.
+fn quantity(bytes: Bytes) -> String {
+    let mebibytes = bytes.get().div_ceil(1 << 20).max(1);
+    match mebibytes {
+        whole if whole.is_multiple_of(1 << 20) => format!("{}Ti", whole >> 20),
+        whole if whole.is_multiple_of(1 << 10) => format!("{}Gi", whole >> 10),
+        whole => format!("{whole}Mi"),
+    }
+}
+
+fn runner(
+    found: &Dereferenced,
+    accepted: &Accepted,
+    config: &RunnerConfig,
+    placement: &ExpertPlacement,
+) -> Deployment {
+    let name = placement.name_any();
+    let labels = placement.labels().clone();
+    let selector: BTreeMap<_, _> = [(LABEL_PLACEMENT.to_owned(), name.clone())].into();
+    let spec = serde_json::json!({
+        "replicas": 1,
+        // The old pod's cache is lost either way, and two runners of one placement would count as one.
+        "strategy": {"type": "Recreate"},
+        "selector": {"matchLabels": selector},
+        "template": {
+            "metadata": {"labels": labels},
+            "spec": pod(found, accepted, config, placement),
+        },
+    });
+    Deployment {
+        metadata: metadata(found, name, labels),
+        // The value above is of this type; a mistake in it fails every test of this file.
+        spec: serde_json::from_value(spec).ok(),
+        status: None,
+    }
+}
+
+fn pod(
+    found: &Dereferenced,
+    accepted: &Accepted,
+    config: &RunnerConfig,
+    placement: &ExpertPlacement,
+) -> serde_json::Value {
+    let roots: Vec<String> = config.roots.0.iter().map(|root| root.display().to_string()).collect();
+    let volumes: Vec<_> = roots
+        .iter()
+        .enumerate()
+        .map(|(index, root)| {
+            serde_json::json!({"name": format!("weights-{index}"), "hostPath": {"path": root, "type": "Directory"}})
+        })
+        .collect();
+    let mounts: Vec<_> = roots
+        .iter()
+        .enumerate()
+        .map(|(index, root)| {
+            serde_json::json!({"name": format!("weights-{index}"), "mountPath": root, "readOnly": true})
+        })
+        .collect();
+    let memory = placement.spec.non_expert_bytes.plus(kv_budget(accepted)).plus(Bytes(64 << 20));
+    let probe = |path: &str, period: u32, failures: u32| {
+        serde_json::json!({"httpGet": {"path": path, "port": "admin"}, "periodSeconds": period,
+                           "timeoutSeconds": 2, "failureThreshold": failures})
+    };
+    let mut pod = serde_json::json!({
+        "terminationGracePeriodSeconds": 30,
+        "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
+                            "seccompProfile": {"type": "RuntimeDefault"}},
+        "tolerations": [{"key": TAINT_NATIVE, "operator": "Exists", "effect": "NoSchedule"}],
+        "volumes": volumes,
+        "containers": [{
+            "name": "runner",
+            "image": config.image,
+            "imagePullPolicy": config.image_pull_policy,
+            "args": ["runner"],
+            "env": environment(found, config, placement, &roots),
+            "ports": [{"name": "serve", "containerPort": SERVE_PORT, "protocol": "TCP"},
+                      {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"}],
+            "livenessProbe": probe("/livez", 5, 3),
+            "readinessProbe": probe("/readyz", 1, 1),
+            "resources": {"requests": {"cpu": "100m", "memory": quantity(memory)}},
+            "volumeMounts": mounts,
+            "securityContext": {"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                                "capabilities": {"drop": ["ALL"]}},
+        }],
+    });
+    if !config.service_account.is_empty() {
+        pod["serviceAccountName"] = serde_json::json!(config.service_account);
+    }
+    pod
+}
+
+fn environment(
+    found: &Dereferenced,
+    config: &RunnerConfig,
+    placement: &ExpertPlacement,
+    roots: &[String],
+) -> Vec<serde_json::Value> {
+    let space = found.deployment.namespace().unwrap_or_default();
+    let weights = &placement.spec.weights;
+    let field = |name: &str, path: &str| serde_json::json!({"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": path}}});
+    let value = |name: &str, value: String| serde_json::json!({"name": name, "value": value});
+    let mut variables = vec![
+        field("BERTH_POD_NAME", "metadata.name"),
+        field("BERTH_POD_NAMESPACE", "metadata.namespace"),
+        field("BERTH_POD_IP", "status.podIP"),
+        value("BERTH_PLACEMENT", format!("{space}/{}", placement.name_any())),
+        value("BERTH_WEIGHTS", weights.uri.clone()),
+        value("BERTH_WEIGHTS_ROOTS", roots.join(",")),
+        value("BERTH_SCHEDULER_LEASE", config.scheduler_lease.clone()),
+        value("BERTH_LISTEN", format!("$(BERTH_POD_IP):{SERVE_PORT}")),
+        value("BERTH_ADMIN_LISTEN", format!("$(BERTH_POD_IP):{ADMIN_PORT}")),
+    ];
+    if !weights.digest.is_empty() {
+        variables.push(value("BERTH_WEIGHTS_DIGEST", weights.digest.clone()));
+    }
+    variables
+}

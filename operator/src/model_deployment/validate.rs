@@ -1,0 +1,136 @@
+//! Step 2: what of the spec can be honoured. Pure. What the schema can refuse never gets here; what Berth
+//! does not do yet is named, by field, and makes `Accepted` false.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use berth_crds::{
+    ModelDeployment, ModelProfile,
+    model_deployment::{OnShortage, ServingMode},
+};
+use serde_json::json;
+
+use crate::{model_deployment::reason::Reason, writes::hash_of};
+
+/// Folders that weights may lie in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Roots(pub Vec<PathBuf>);
+
+/// A field that is not honoured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unhonoured {
+    /// Its path.
+    pub field: &'static str,
+    /// What happens instead.
+    pub instead: &'static str,
+}
+
+/// A spec that instances can be made from.
+#[derive(Clone, Debug)]
+pub struct Accepted {
+    /// What the model is.
+    pub profile: Arc<ModelProfile>,
+    /// Hash of what an instance serves: model, geometry, formats and weights. An instance of another
+    /// template is replaced, so a field joins the hash only if it cannot change under a running instance.
+    pub template: String,
+}
+
+/// Why no instance can be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    /// For programs.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+}
+
+/// The outcome.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// Fields that are not honoured.
+    pub unhonoured: Vec<Unhonoured>,
+    /// Whether instances can be made all the same.
+    pub outcome: Result<Accepted, Rejection>,
+}
+
+/// Looks at the spec and the profile that it names.
+#[must_use]
+pub fn validate(deployment: &ModelDeployment, profile: Option<Arc<ModelProfile>>, roots: &Roots) -> Checked {
+    let unhonoured = unhonoured(deployment);
+    let rejection = rejection(deployment, profile.as_deref(), roots);
+    let outcome = match (rejection, profile) {
+        (None, Some(profile)) => {
+            let template = template_of(deployment, &profile);
+            Ok(Accepted { profile, template })
+        }
+        (Some(rejection), _) => Err(rejection),
+        (None, None) => Err(no_profile(deployment)),
+    };
+    Checked { unhonoured, outcome }
+}
+
+fn unhonoured(deployment: &ModelDeployment) -> Vec<Unhonoured> {
+    let spec = &deployment.spec;
+    let mut fields = Vec::new();
+    let mut note = |set: bool, field, instead| {
+        if set {
+            fields.push(Unhonoured { field, instead });
+        }
+    };
+    note(spec.serving.mode == ServingMode::Engine, "spec.serving.mode", "nothing is started: set it to native");
+    let local = spec.weights.uri.starts_with("file://");
+    note(!local, "spec.weights.uri", "nothing is started: copy the checkpoint to the nodes and use file://");
+    note(spec.autoscaling.is_some(), "spec.autoscaling", "spec.replicas says how many instances run");
+    note(spec.objective.is_some(), "spec.objective", "it is recorded, and neither measured nor planned for");
+    note(!spec.fallback.is_empty(), "spec.fallback", "no request is answered by another deployment");
+    note(spec.on_shortage != OnShortage::Queue, "spec.onShortage", "requests wait");
+    fields
+}
+
+fn rejection(deployment: &ModelDeployment, profile: Option<&ModelProfile>, roots: &Roots) -> Option<Rejection> {
+    let spec = &deployment.spec;
+    let reject = |reason, message| Some(Rejection { reason, message });
+    if spec.serving.mode == ServingMode::Engine {
+        let message = "spec.serving.mode engine is not honoured yet: set it to native".to_owned();
+        return reject(Reason::FieldNotHonoured, message);
+    }
+    let Some(path) = spec.weights.uri.strip_prefix("file://") else {
+        let scheme = spec.weights.uri.split("://").next().unwrap_or_default();
+        let message =
+            format!("spec.weights.uri {scheme}:// is not honoured yet: copy the checkpoint to the nodes and use file://");
+        return reject(Reason::FieldNotHonoured, message);
+    };
+    if !roots.0.iter().any(|root| Path::new(path).starts_with(root)) {
+        let allowed: Vec<_> = roots.0.iter().map(|root| root.display().to_string()).collect();
+        let message = format!(
+            "spec.weights.uri {path} is outside the folders that weights may lie in ({}): move it or allow its folder in the chart's values",
+            if allowed.is_empty() { "none".to_owned() } else { allowed.join(", ") }
+        );
+        return reject(Reason::WeightsNotAllowed, message);
+    }
+    match profile {
+        None => Some(no_profile(deployment)),
+        Some(profile) => match profile.spec.geometry.validate() {
+            Ok(()) => None,
+            Err(error) => reject(Reason::ProfileInvalid, format!("profile {}: {error}", spec.model)),
+        },
+    }
+}
+
+fn no_profile(deployment: &ModelDeployment) -> Rejection {
+    let model = &deployment.spec.model;
+    let message = format!("ModelProfile {model} does not exist: apply a preset, or write one with berth profile import");
+    Rejection { reason: Reason::ProfileNotFound, message }
+}
+
+fn template_of(deployment: &ModelDeployment, profile: &ModelProfile) -> String {
+    let served = json!({
+        "model": deployment.spec.model,
+        "geometry": profile.spec.geometry,
+        "vendorFormats": profile.spec.vendor_formats,
+        "weights": deployment.spec.weights,
+    });
+    hash_of(&served).chars().take(8).collect()
+}
