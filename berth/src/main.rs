@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod kernels;
+mod operator;
 mod verdict;
 mod worker;
 
@@ -26,6 +27,8 @@ enum Command {
     /// One device's process, started by an agent
     #[command(hide = true)]
     Worker(worker::Args),
+    /// Keep Kubernetes objects true.
+    Operator(operator::OperatorArgs),
 }
 
 fn main() -> ExitCode {
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
     let outcome: anyhow::Result<Verdict> = match command {
         Command::Kernels(args) => kernels::run(&args),
         Command::Worker(args) => worker::run(args),
+        Command::Operator(args) => operator::run(args),
     };
     verdict::exit(outcome)
 }

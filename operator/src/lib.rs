@@ -214,9 +214,10 @@ async fn deployments(
             Ok::<_, model_deployment::ReconcileError>(done)
         })
     };
-    let policy = move |object: Arc<ModelDeployment>, error: &model_deployment::ReconcileError, context: Arc<Context>| {
-        context.failed(KIND, name(&object), error.category(), error)
-    };
+    let policy =
+        move |object: Arc<ModelDeployment>, error: &model_deployment::ReconcileError, context: Arc<Context>| {
+            context.failed(KIND, name(&object), error.category(), error)
+        };
     let passes = applier(one, policy, Arc::clone(context), store.clone(), Box::pin(queue), settings());
     passes.for_each(|_| std::future::ready(())).await;
 }

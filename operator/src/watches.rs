@@ -7,9 +7,7 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use berth_crds::{
-    AcceleratorNode, CapacityQueue, ExpertPlacement, LABEL_DEPLOYMENT, ModelDeployment, ModelProfile,
-};
+use berth_crds::{AcceleratorNode, CapacityQueue, ExpertPlacement, LABEL_DEPLOYMENT, ModelDeployment, ModelProfile};
 use futures::{
     StreamExt,
     future::{BoxFuture, join_all},

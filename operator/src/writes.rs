@@ -206,10 +206,8 @@ fn known_kind(kind: &str) -> &'static str {
 }
 
 fn to_value<T: Serialize>(what: &str, object: &T) -> Result<Value, WriteError> {
-    serde_json::to_value(object).map_err(|source| WriteError::Api {
-        what: what.to_owned(),
-        source: Box::new(kube::Error::SerdeError(source)),
-    })
+    serde_json::to_value(object)
+        .map_err(|source| WriteError::Api { what: what.to_owned(), source: Box::new(kube::Error::SerdeError(source)) })
 }
 
 /// Hash of a value, whatever the order of its keys: 16 hexadecimal digits.
@@ -247,9 +245,9 @@ fn feed(hasher: &mut Sha256, value: &Value) {
 /// Whether everything `wanted` says is so in `live`, which may say more: defaults, other managers' fields.
 fn covers(live: &Value, wanted: &Value) -> bool {
     match (live, wanted) {
-        (Value::Object(live), Value::Object(wanted)) => wanted
-            .iter()
-            .all(|(key, value)| value.is_null() || live.get(key).is_some_and(|found| covers(found, value))),
+        (Value::Object(live), Value::Object(wanted)) => {
+            wanted.iter().all(|(key, value)| value.is_null() || live.get(key).is_some_and(|found| covers(found, value)))
+        }
         (Value::Array(live), Value::Array(wanted)) => {
             live.len() == wanted.len() && live.iter().zip(wanted).all(|(live, wanted)| covers(live, wanted))
         }

@@ -7,7 +7,7 @@ use berth_crds::{
     TAINT_NATIVE,
 };
 use berth_types::Bytes;
-use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::{api::apps::v1::Deployment, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{Resource, ResourceExt, api::ObjectMeta};
 
 use super::{
@@ -116,7 +116,10 @@ fn labels(found: &Dereferenced, accepted: &Accepted, name: &str, index: &str) ->
 fn metadata(found: &Dereferenced, name: String, labels: BTreeMap<String, String>) -> ObjectMeta {
     ObjectMeta {
         namespace: found.deployment.namespace(),
-        owner_references: found.deployment.controller_owner_ref(&()).map(|owner| vec![owner]),
+        owner_references: found.deployment.controller_owner_ref(&()).map(|owner| {
+            // Blocking the owner's deletion would need a right on its finalizers.
+            vec![OwnerReference { block_owner_deletion: None, ..owner }]
+        }),
         labels: Some(labels),
         name: Some(name),
         ..ObjectMeta::default()
@@ -170,12 +173,7 @@ fn quantity(bytes: Bytes) -> String {
     }
 }
 
-fn runner(
-    found: &Dereferenced,
-    accepted: &Accepted,
-    config: &RunnerConfig,
-    placement: &ExpertPlacement,
-) -> Deployment {
+fn runner(found: &Dereferenced, accepted: &Accepted, config: &RunnerConfig, placement: &ExpertPlacement) -> Deployment {
     let name = placement.name_any();
     let labels = placement.labels().clone();
     let selector: BTreeMap<_, _> = [(LABEL_PLACEMENT.to_owned(), name.clone())].into();
@@ -221,7 +219,7 @@ fn pod(
     let memory = placement.spec.non_expert_bytes.plus(kv_budget(accepted)).plus(Bytes(64 << 20));
     let probe = |path: &str, period: u32, failures: u32| {
         serde_json::json!({"httpGet": {"path": path, "port": "admin"}, "periodSeconds": period,
-                           "timeoutSeconds": 2, "failureThreshold": failures})
+                           "timeoutSeconds": 3, "failureThreshold": failures})
     };
     let mut pod = serde_json::json!({
         "terminationGracePeriodSeconds": 30,
@@ -237,8 +235,9 @@ fn pod(
             "env": environment(found, config, placement, &roots),
             "ports": [{"name": "serve", "containerPort": SERVE_PORT, "protocol": "TCP"},
                       {"name": "admin", "containerPort": ADMIN_PORT, "protocol": "TCP"}],
-            "livenessProbe": probe("/livez", 5, 3),
-            "readinessProbe": probe("/readyz", 1, 1),
+            "startupProbe": probe("/startupz", 1, 120),
+            "livenessProbe": probe("/livez", 10, 3),
+            "readinessProbe": probe("/readyz", 1, 2),
             "resources": {"requests": {"cpu": "100m", "memory": quantity(memory)}},
             "volumeMounts": mounts,
             "securityContext": {"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,

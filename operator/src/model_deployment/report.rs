@@ -146,7 +146,9 @@ fn counted(facts: &Facts<'_>, kind: ConditionType, word: &str, holds: fn(&Instan
         _ => Reason::AllInstances,
     };
     let lacking = facts.staying.iter().find(|instance| !holds(instance) && !instance.ready);
-    let why = lacking.filter(|_| count < desired).map(|instance| format!("; {}: {}", instance.name, why_not(instance, false)));
+    let why = lacking
+        .filter(|_| count < desired)
+        .map(|instance| format!("; {}: {}", instance.name, why_not(instance, false)));
     let message = format!("{count} of {desired} instances {word}{}", why.unwrap_or_default());
     Said { kind, holds: count >= desired, reason, message }
 }
@@ -198,12 +200,7 @@ fn ready(facts: &Facts<'_>, accepted: &Said, capacity: &Said, serving: &Said, de
 
 /// `Reconciling` while work goes on by itself, `Stalled` when it takes a change by a person.
 fn kstatus(ready: &Said, rejected: bool) -> (Said, Said) {
-    let person = [
-        Reason::QuotaTooSmall,
-        Reason::QueueNotFound,
-        Reason::QueueNotAllowed,
-        Reason::FieldNotHonoured,
-    ];
+    let person = [Reason::QuotaTooSmall, Reason::QueueNotFound, Reason::QueueNotAllowed, Reason::FieldNotHonoured];
     let stuck = !ready.holds && (rejected || person.contains(&ready.reason));
     let moving = !ready.holds && !stuck;
     let said = |kind, holds: bool| Said {

@@ -144,7 +144,9 @@ fn events(before: &[Condition], now: &[Condition]) -> Vec<Event> {
         let starting = condition.reason == "Starting" || condition.reason == "NoInstance";
         let warning = condition.status == bad && !starting;
         let mut note = condition.message.clone();
-        note.truncate(note.char_indices().take_while(|(at, _)| *at < 1000).last().map_or(0, |(at, c)| at + c.len_utf8()));
+        note.truncate(
+            note.char_indices().take_while(|(at, _)| *at < 1000).last().map_or(0, |(at, c)| at + c.len_utf8()),
+        );
         events.push(Event {
             type_: if warning { EventType::Warning } else { EventType::Normal },
             reason: condition.reason.clone(),

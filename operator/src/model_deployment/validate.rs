@@ -98,8 +98,9 @@ fn rejection(deployment: &ModelDeployment, profile: Option<&ModelProfile>, roots
     }
     let Some(path) = spec.weights.uri.strip_prefix("file://") else {
         let scheme = spec.weights.uri.split("://").next().unwrap_or_default();
-        let message =
-            format!("spec.weights.uri {scheme}:// is not honoured yet: copy the checkpoint to the nodes and use file://");
+        let message = format!(
+            "spec.weights.uri {scheme}:// is not honoured yet: copy the checkpoint to the nodes and use file://"
+        );
         return reject(Reason::FieldNotHonoured, message);
     };
     if !roots.0.iter().any(|root| Path::new(path).starts_with(root)) {
@@ -121,7 +122,8 @@ fn rejection(deployment: &ModelDeployment, profile: Option<&ModelProfile>, roots
 
 fn no_profile(deployment: &ModelDeployment) -> Rejection {
     let model = &deployment.spec.model;
-    let message = format!("ModelProfile {model} does not exist: apply a preset, or write one with berth profile import");
+    let message =
+        format!("ModelProfile {model} does not exist: apply a preset, or write one with berth profile import");
     Rejection { reason: Reason::ProfileNotFound, message }
 }
 
