@@ -125,7 +125,7 @@ impl Checkpoint {
     /// The identity: `sha256:` over the header (names, dtypes, shapes, offsets, lengths) and content of every shard.
     ///
     /// Where files lie or how they are called does not enter it. The first call reads every file once (shards in
-    /// parallel; about a second per gigabyte and core), later ones are free. If a file cannot be read it is
+    /// parallel; one to two seconds per gigabyte and core), later ones are free. If a file cannot be read it is
     /// `unreadable:` and the reason, which equals no digest; see [`Checkpoint::identity`].
     pub fn digest(&self) -> &str {
         match self.hashed() {

@@ -97,7 +97,8 @@ impl Shard {
 
     /// SHA-256 over the checked header (names, dtypes, shapes, offsets, lengths) and the tensors' bytes.
     ///
-    /// Reads the whole file once: about a second per gigabyte on one core with SHA instructions, several without.
+    /// Reads the whole file once: one to two seconds per gigabyte on one core with SHA instructions,
+    /// several without.
     pub(crate) fn digest(&self) -> Result<[u8; 32], CheckpointError> {
         let mut hash = Sha256::new();
         for (name, entry) in &self.header.tensors {

@@ -154,17 +154,28 @@ impl PackedMatrix {
 
     /// Moves rows into lanes. A unit is what one stored row keeps together: a value, or a byte of two nibbles.
     fn interleave(&mut self, stored: &StoredMatrix) {
-        let unit = match self.codes {
-            Codes::F32 => 4,
-            Codes::Bf16 => 2,
-            _ => 1,
-        };
         let tile_bytes = self.tile_bytes();
         let row_bytes = tile_bytes / LANES;
-        for (row, codes) in stored.data().chunks_exact(row_bytes).enumerate() {
-            let tile = &mut self.data[row / LANES * tile_bytes..][..tile_bytes];
-            for (column, code) in tile.chunks_exact_mut(LANES * unit).zip(codes.chunks_exact(unit)) {
-                column[row % LANES * unit..][..unit].copy_from_slice(code);
+        let rows = stored.data().chunks(LANES * row_bytes);
+        for (tile, rows) in self.data.chunks_exact_mut(tile_bytes).zip(rows) {
+            match self.codes {
+                Codes::F32 => interleave_tile::<4>(rows, row_bytes, tile),
+                Codes::Bf16 => interleave_tile::<2>(rows, row_bytes, tile),
+                _ => interleave_tile::<1>(rows, row_bytes, tile),
+            }
+        }
+    }
+}
+
+/// Up to 32 rows of units into [columns × 32 lanes], in runs of columns whose target stays in the first-level cache.
+fn interleave_tile<const UNIT: usize>(rows: &[u8], row_bytes: usize, tile: &mut [u8]) {
+    const RUN: usize = 64;
+    let columns = tile.as_chunks_mut::<UNIT>().0;
+    for (run, columns) in columns.chunks_mut(RUN * LANES).enumerate() {
+        for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
+            let units = &row.as_chunks::<UNIT>().0[run * RUN..];
+            for (column, unit) in columns.as_chunks_mut::<LANES>().0.iter_mut().zip(units) {
+                column[lane] = *unit;
             }
         }
     }
