@@ -27,7 +27,7 @@ impl Checkpoint {
     /// A tensor of any integer type (or bool), flattened row-major.
     ///
     /// # Errors
-    /// `Missing`, `Dtype` for floats, `Shape`-less overflow of an U64 beyond `i64` as `Header`, or a read error.
+    /// `Missing`, `Dtype` for floats, `Header` for a U64 value beyond `i64`, or a read error.
     pub fn ints(&self, name: &str) -> Result<Vec<i64>, CheckpointError> {
         let (shard, entry) = self.find(name)?;
         let expected = "an integer type";
