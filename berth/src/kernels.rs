@@ -205,8 +205,11 @@ const MXFP4: StoredFormat = StoredFormat::Mxfp4;
 const BF16: StoredFormat = StoredFormat::Bf16;
 const INT4: StoredFormat = StoredFormat::Int4Group32;
 
-/// Published expert shapes: name, hidden, width, routed experts, top-k, format, swiglu limit.
-const SHAPES: [(&str, usize, usize, usize, usize, StoredFormat, Option<f32>); 14] = [
+/// Name, hidden, width, routed experts, top-k, format, swiglu limit.
+type Published = (&'static str, usize, usize, usize, usize, StoredFormat, Option<f32>);
+
+/// Published expert shapes; the last three of V4-Flash are its shape in other formats, for comparison.
+const SHAPES: [Published; 14] = [
     ("deepseek-v3", 7168, 2048, 256, 8, FP8_F32, None),
     ("deepseek-r1", 7168, 2048, 256, 8, FP8_F32, None),
     ("deepseek-v3.2", 7168, 2048, 256, 8, FP8_F32, None),
