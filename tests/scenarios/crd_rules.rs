@@ -280,7 +280,7 @@ fn api(client: &Client, kind: &str) -> Api<DynamicObject> {
 }
 
 /// Installs every definition and waits until its kind is served.
-async fn install(client: &Client) {
+pub(crate) async fn install(client: &Client) {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
     for definition in definitions::all() {
         let name = definition.metadata.name.clone().unwrap();

@@ -5,4 +5,5 @@ mod cluster;
 mod crd_rules;
 mod kubelet;
 mod lifetime;
+mod operator;
 mod surroundings;
