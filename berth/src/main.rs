@@ -5,8 +5,12 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod devices;
+mod fleet;
+mod generate;
 mod kernels;
 mod operator;
+mod output;
 mod verdict;
 mod worker;
 
@@ -22,9 +26,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Generate text with a runner and workers on this machine.
+    Generate(generate::Args),
     /// Check or measure the expert kernels of this machine.
     Kernels(kernels::KernelsArgs),
-    /// One device's process, started by an agent
+    /// One device's process, started by an agent.
     #[command(hide = true)]
     Worker(worker::Args),
     /// Keep Kubernetes objects true.
@@ -34,6 +40,7 @@ enum Command {
 fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
     let outcome: anyhow::Result<Verdict> = match command {
+        Command::Generate(args) => generate::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Worker(args) => worker::run(args),
         Command::Operator(args) => operator::run(args),
