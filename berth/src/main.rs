@@ -11,6 +11,7 @@ mod generate;
 mod kernels;
 mod operator;
 mod output;
+mod scheduler;
 mod verdict;
 mod worker;
 
@@ -35,6 +36,8 @@ enum Command {
     Worker(worker::Args),
     /// Keep Kubernetes objects true.
     Operator(operator::OperatorArgs),
+    /// Run the scheduler.
+    Scheduler(scheduler::SchedulerArgs),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Command::Kernels(args) => kernels::run(&args),
         Command::Worker(args) => worker::run(args),
         Command::Operator(args) => operator::run(args),
+        Command::Scheduler(args) => scheduler::run(args),
     };
     verdict::exit(outcome)
 }

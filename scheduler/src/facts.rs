@@ -1,0 +1,123 @@
+//! What comes in: every fact that the ring takes, whoever says it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use berth_crds::{AcceleratorNode, ExpertPlacement};
+use berth_types::{DeviceId, LayerId, PlacementName, Revision};
+
+use crate::{
+    commit::{CommitError, Receipt},
+    index::{Health, Worker},
+    orders::{AgentLine, RunnerLine},
+};
+
+/// One fact.
+#[derive(Debug)]
+pub enum Fact {
+    /// An agent's stream opened.
+    AgentOpened {
+        /// The stream.
+        conn: u64,
+        /// Its node.
+        node: String,
+        /// Whether the node may hold shelves.
+        hosting: bool,
+        /// Where its orders go.
+        line: AgentLine,
+    },
+    /// An agent said something.
+    Agent {
+        /// The stream.
+        conn: u64,
+        /// What.
+        said: AgentSaid,
+    },
+    /// A runner's stream opened.
+    RunnerOpened {
+        /// The stream.
+        conn: u64,
+        /// Its placement.
+        placement: PlacementName,
+        /// Where its orders go.
+        line: RunnerLine,
+    },
+    /// A runner said something.
+    Runner {
+        /// The stream.
+        conn: u64,
+        /// What.
+        said: RunnerSaid,
+    },
+    /// A stream ended.
+    Closed {
+        /// The stream.
+        conn: u64,
+    },
+    /// A placement's object.
+    Placement(PlacementName, Box<ExpertPlacement>),
+    /// A placement's object is gone.
+    PlacementGone(PlacementName),
+    /// All placements were listed; there are no others.
+    PlacementsListed(BTreeSet<PlacementName>),
+    /// A node's object.
+    Node(String, Box<AcceleratorNode>),
+    /// A node's object is gone.
+    NodeGone(String),
+    /// All nodes were listed; there are no others.
+    NodesListed(BTreeSet<String>),
+    /// A commit ended.
+    Committed {
+        /// The placement.
+        name: PlacementName,
+        /// Its uid when the commit began.
+        uid: String,
+        /// How it ended.
+        outcome: Box<Result<Receipt, CommitError>>,
+    },
+    /// A status write ended.
+    Written {
+        /// The placement.
+        name: PlacementName,
+        /// How it ended.
+        outcome: Result<(), CommitError>,
+    },
+    /// A write of a node's condition ended.
+    NodeWritten {
+        /// The node.
+        node: String,
+        /// How it ended.
+        outcome: Result<(), CommitError>,
+    },
+}
+
+/// What an agent says.
+#[derive(Debug)]
+pub enum AgentSaid {
+    /// Health of all devices.
+    Health(Health),
+    /// All workers.
+    Workers(BTreeMap<DeviceId, Worker>),
+    /// It is there.
+    Beat,
+}
+
+/// What a runner says.
+#[derive(Debug)]
+pub enum RunnerSaid {
+    /// Which revisions it uses.
+    InUse {
+        /// The oldest with steps.
+        oldest: Revision,
+        /// The one it starts steps on.
+        current: Revision,
+    },
+    /// Tokens by layer and expert.
+    Load {
+        /// Number of the window.
+        window: u64,
+        /// The tokens.
+        layers: BTreeMap<LayerId, Vec<u64>>,
+    },
+    /// It is there.
+    Beat,
+}

@@ -1,0 +1,254 @@
+//! One placement in memory: its spec, its revisions, its runners, its loads, and how far it is. Decides
+//! nothing.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use berth_crds::{
+    ExpertPlacement, ExpertPlacementSpec, ExpertPlacementStatus, PlacementMap,
+    placement_map::{MapDevice, MapLayer},
+};
+use berth_planner::{DeviceSlots, Layout, Plan, Proposed, Survive, problem::Loads};
+use berth_types::{Bytes, DeviceId, ExpertId, LayerId, Revision};
+
+use crate::cutover::{Cutover, HOLD};
+
+/// Load windows kept of each runner.
+const WINDOWS: usize = 16;
+
+/// A stored revision.
+#[derive(Clone, Debug)]
+pub struct Stored {
+    /// Its layout.
+    pub layout: Arc<Layout>,
+    /// `sha256:<hex>` of the map's spec.
+    pub digest: String,
+}
+
+/// One runner's stream.
+#[derive(Clone, Debug)]
+pub struct Runner {
+    /// When the stream opened.
+    opened: Duration,
+    /// When it ended, if it has.
+    ended: Option<Duration>,
+    /// Oldest revision with steps, once it has said so.
+    oldest: Option<Revision>,
+    /// Tokens by layer and expert in its last windows.
+    windows: VecDeque<(u64, BTreeMap<LayerId, Vec<u64>>)>,
+}
+
+/// What is remembered of plans.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// World and generation of the spec as the last plan saw them.
+    pub seen: Option<(u64, i64)>,
+    /// Something else that plans depend on changed since.
+    pub stale: bool,
+    /// When it was made.
+    pub planned_at: Duration,
+    /// Not before.
+    pub retry_at: Duration,
+    /// Refusals in a row.
+    pub refused: u32,
+    /// Revision that is being committed.
+    pub pending: Option<Revision>,
+    /// Its layout, promised to the placement.
+    pub promised: Option<Arc<Layout>>,
+    /// Further waves.
+    pub rest: Option<Plan<Proposed>>,
+    /// Why it cannot be placed as asked.
+    pub problem: Option<String>,
+    /// Why the last revision was made.
+    pub why: String,
+    /// Bytes it made devices load.
+    pub moved: Bytes,
+    /// Largest failure domain whose loss it survives; `None` = another leader planned it.
+    pub survives: Option<Survive>,
+    /// Highest revision whose map exists without being ours.
+    pub burned: Revision,
+}
+
+/// One placement.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// Uid of the object.
+    pub uid: String,
+    /// Generation of the spec.
+    pub generation: i64,
+    /// Another leader assigned a revision: runners that it knew may still come back.
+    pub inherited: bool,
+    /// What is asked for.
+    pub spec: ExpertPlacementSpec,
+    /// The status as it was adopted or last written.
+    pub status: ExpertPlacementStatus,
+    /// Stored revisions.
+    pub revisions: BTreeMap<Revision, Stored>,
+    /// Between which revisions it stands.
+    pub cutover: Cutover,
+    /// What is remembered of plans.
+    pub memory: Memory,
+    /// Devices that did not load in time, with the instance of the worker that failed.
+    pub avoided: BTreeMap<DeviceId, u64>,
+    /// Its runners, by stream.
+    pub runners: BTreeMap<u64, Runner>,
+}
+
+impl Placement {
+    /// A placement as its object says it is.
+    #[must_use]
+    pub fn new(now: Duration, object: &ExpertPlacement, revisions: BTreeMap<Revision, Stored>) -> Self {
+        let status = object.status.clone().unwrap_or_default();
+        let assigned = status.assignment.as_ref().map_or(0, |assignment| assignment.revision);
+        let [assigned, serving, draining] = [assigned, status.serving_revision, status.draining_revision].map(Revision);
+        let mut cutover = Cutover::adopt(now, assigned, serving, draining);
+        for (revision, _) in revisions.range(draining.max(Revision(1))..).take_while(|(one, _)| **one <= serving) {
+            cutover.hold(*revision);
+        }
+        let memory = Memory {
+            // A spec that this status speaks of is no change.
+            seen: status.observed_generation.map(|generation| (0, generation)),
+            why: status.why.clone(),
+            moved: status.moved_bytes,
+            ..Memory::default()
+        };
+        Self {
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            generation: object.metadata.generation.unwrap_or(0),
+            inherited: assigned.0 > 0,
+            spec: object.spec.clone(),
+            status,
+            revisions,
+            cutover,
+            memory,
+            avoided: BTreeMap::new(),
+            runners: BTreeMap::new(),
+        }
+    }
+
+    /// The layout of `revision`, if it is known.
+    #[must_use]
+    pub fn layout(&self, revision: Revision) -> Option<&Arc<Layout>> {
+        self.revisions.get(&revision).map(|stored| &stored.layout)
+    }
+
+    /// The layout of the assigned revision.
+    #[must_use]
+    pub fn assigned(&self) -> Option<&Arc<Layout>> {
+        self.layout(self.cutover.assigned())
+    }
+
+    /// Layouts that devices hold or have been promised.
+    pub fn held(&self) -> impl Iterator<Item = &Arc<Layout>> {
+        let retained = self.cutover.retained().into_iter().filter_map(|revision| self.layout(revision));
+        retained.chain(self.memory.promised.as_ref())
+    }
+
+    /// Replicas that each device holds or was promised.
+    #[must_use]
+    pub fn footprint(&self) -> BTreeMap<&DeviceId, BTreeSet<(LayerId, ExpertId)>> {
+        let mut footprint: BTreeMap<&DeviceId, BTreeSet<_>> = BTreeMap::new();
+        let retained = self.cutover.retained();
+        let layouts = self.revisions.iter().filter(|(revision, _)| retained.contains(revision));
+        for layout in layouts.map(|(_, stored)| &stored.layout).chain(self.memory.promised.as_ref()) {
+            for (device, replicas) in layout.replicas() {
+                footprint.entry(device).or_default().extend(replicas);
+            }
+        }
+        footprint
+    }
+
+    /// Whether one of its layouts names a device of `node`.
+    #[must_use]
+    pub fn touches(&self, node: &str) -> bool {
+        self.held().any(|layout| layout.devices.iter().any(|entry| entry.device.node() == node))
+    }
+
+    /// A runner's stream opened.
+    pub fn runner_opened(&mut self, now: Duration, conn: u64) {
+        let runner = Runner { opened: now, ended: None, oldest: None, windows: VecDeque::new() };
+        self.runners.insert(conn, runner);
+    }
+
+    /// A runner's stream ended: its hold ends a little later.
+    pub fn runner_closed(&mut self, now: Duration, conn: u64) {
+        if let Some(runner) = self.runners.get_mut(&conn) {
+            runner.ended.get_or_insert(now);
+        }
+    }
+
+    /// What a runner has steps on.
+    pub fn in_use(&mut self, conn: u64, oldest: Revision, current: Revision) {
+        if let Some(runner) = self.runners.get_mut(&conn) {
+            runner.oldest = Some(oldest);
+            self.cutover.observe(oldest, current);
+        }
+    }
+
+    /// A runner's load window; one sent again replaces itself.
+    pub fn load(&mut self, conn: u64, window: u64, layers: BTreeMap<LayerId, Vec<u64>>) {
+        let Some(runner) = self.runners.get_mut(&conn) else { return };
+        match runner.windows.iter_mut().find(|(number, _)| *number == window) {
+            Some(known) => known.1 = layers,
+            None => runner.windows.push_back((window, layers)),
+        }
+        while runner.windows.len() > WINDOWS {
+            runner.windows.pop_front();
+        }
+    }
+
+    /// Forgets runners whose hold is over, and lets go of what nobody holds. `grace`: other runners may
+    /// still come back, so nothing is let go. Says whether something became free.
+    pub fn drain(&mut self, now: Duration, grace: bool) -> bool {
+        let over = |since: Duration| now.saturating_sub(since) >= HOLD;
+        self.runners.retain(|_, runner| !runner.ended.is_some_and(over));
+        let silent = self.runners.values().any(|runner| runner.oldest.is_none() && !over(runner.opened));
+        if grace || silent {
+            return false;
+        }
+        let oldest: Vec<_> = self.runners.values().filter_map(|runner| runner.oldest).collect();
+        self.cutover.drain(oldest.into_iter())
+    }
+
+    /// Tokens by layer and expert over the last windows of all runners.
+    #[must_use]
+    pub fn loads(&self) -> Loads {
+        let mut loads = Loads::new();
+        for (_, layers) in self.runners.values().flat_map(|runner| &runner.windows) {
+            for (layer, tokens) in layers {
+                let sum = loads.entry(*layer).or_default();
+                sum.resize(sum.len().max(tokens.len()), 0);
+                for (sum, tokens) in sum.iter_mut().zip(tokens) {
+                    *sum = sum.saturating_add(*tokens);
+                }
+            }
+        }
+        loads
+    }
+}
+
+/// A layout as a map holds it.
+#[must_use]
+pub fn to_map(layout: &Layout) -> (Vec<MapDevice>, Vec<MapLayer>) {
+    let device = |entry: &DeviceSlots| MapDevice { device: entry.device.clone(), slots: entry.slots };
+    let expert = |slot: &Option<ExpertId>| slot.and_then(|expert| i32::try_from(expert.0).ok()).unwrap_or(-1);
+    let layer = |(layer, row): (&LayerId, &Vec<Option<ExpertId>>)| MapLayer {
+        layer: layer.0,
+        experts: row.iter().map(expert).collect(),
+    };
+    (layout.devices.iter().map(device).collect(), layout.layers.iter().map(layer).collect())
+}
+
+/// The layout that a map holds.
+#[must_use]
+pub fn from_map(map: &PlacementMap) -> Layout {
+    let device = |entry: &MapDevice| DeviceSlots { device: entry.device.clone(), slots: entry.slots };
+    let row = |layer: &MapLayer| layer.experts.iter().map(|expert| u32::try_from(*expert).ok().map(ExpertId)).collect();
+    Layout {
+        devices: map.spec.devices.iter().map(device).collect(),
+        layers: map.spec.layers.iter().map(|layer| (LayerId(layer.layer), row(layer))).collect(),
+    }
+}

@@ -1,0 +1,224 @@
+//! What ExpertPlacement.status says, from the index alone. Writes nothing.
+
+use std::time::Duration;
+
+use berth_crds::{
+    ExpertPlacementStatus,
+    conditions::{ConditionType, Wanted, merge},
+};
+use berth_planner::{Layout, problem::Loads};
+use berth_types::{Bytes, ExpertId, PlacementName, Revision};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Condition, jiff::Timestamp};
+
+use crate::{
+    index::{Index, Phase, Placement},
+    snapshot::{expert_bytes, survive},
+};
+
+/// The status of `name` at `now`, which the wall clock calls `wall`.
+#[must_use]
+pub fn status(index: &Index, now: Duration, wall: Timestamp, name: &PlacementName) -> Option<ExpertPlacementStatus> {
+    let placement = index.placements().get(name)?;
+    let view = View::new(index, now, name, placement);
+    let mut status = placement.status.clone();
+    let generation = placement.memory.seen.map(|(_, generation)| generation);
+    status.observed_generation = generation.or(status.observed_generation);
+    status.serving_revision = placement.cutover.serving().0;
+    status.draining_revision = placement.cutover.draining().0;
+    (status.slots_ready, status.slots_total) = view.slots;
+    status.experts_lost = view.lost;
+    status.balancedness = balancedness(placement);
+    status.moved_bytes = placement.memory.moved;
+    status.expert_bytes = view.bytes;
+    status.why = placement.memory.why.clone();
+    status.conditions = merge(&status.conditions, &view.conditions(placement), generation, wall);
+    Some(status)
+}
+
+/// The `Reachable` condition of a node.
+#[must_use]
+pub fn reachable(reachable: bool, wall: Timestamp) -> Option<Condition> {
+    let (reason, message) = if reachable {
+        ("StreamOpen", "the scheduler hears from the node's agent")
+    } else {
+        (
+            "StreamLost",
+            "the scheduler does not hear from the node's agent: nothing new is placed, and its replicas count as gone after 10 s",
+        )
+    };
+    let message = message.to_owned();
+    let wanted = Wanted { kind: ConditionType::Reachable, status: Some(reachable), reason, message };
+    merge(&[], &[wanted], None, wall).pop()
+}
+
+/// What the conditions depend on.
+struct View {
+    slots: (u64, u64),
+    lost: u64,
+    bytes: Bytes,
+    loaded: bool,
+    failure: Option<String>,
+    cutting: bool,
+    serving: Revision,
+}
+
+impl View {
+    fn new(index: &Index, now: Duration, name: &PlacementName, placement: &Placement) -> Self {
+        let assigned = placement.cutover.assigned();
+        let layout = placement.assigned();
+        let progress = index.progress(now, name);
+        let serving = placement.cutover.serving();
+        let key = (placement.uid.clone(), assigned);
+        let shelf = |device: &berth_types::DeviceId| {
+            index
+                .nodes()
+                .get(device.node())
+                .and_then(|node| node.worker(device))
+                .and_then(|worker| worker.shelves.get(&key))
+        };
+        let devices = layout.iter().flat_map(|layout| layout.devices.iter().map(|entry| &entry.device));
+        let shelves: Vec<_> = devices.filter_map(|device| Some((device, shelf(device)?))).collect();
+        let failure = shelves.iter().find_map(|(device, shelf)| match &shelf.phase {
+            Phase::Failed(error) => Some(format!("{device}: {error}")),
+            Phase::Loading | Phase::Ready => None,
+        });
+        Self {
+            slots: (
+                shelves.iter().map(|(_, shelf)| shelf.slots_ready).sum(),
+                layout.map_or(0, |layout| filled(layout)),
+            ),
+            lost: index.lost(now, placement, serving).unwrap_or(0),
+            bytes: layout.map_or(Bytes::ZERO, |layout| layout_bytes(index, placement, layout)),
+            loaded: layout.is_some() && progress.late.is_empty() && progress.covered,
+            failure,
+            cutting: placement.cutover.loading() || placement.cutover.draining().0 > 0,
+            serving,
+        }
+    }
+
+    fn conditions(&self, placement: &Placement) -> Vec<Wanted> {
+        let placed = self.placed(placement);
+        let (ready, total) = self.slots;
+        let loaded = match (&self.failure, self.loaded) {
+            (_, true) => wanted(ConditionType::WeightsLoaded, true, "Loaded", format!("all {total} slots are loaded")),
+            (Some(failure), false) => wanted(ConditionType::WeightsLoaded, false, "LoadFailed", failure.clone()),
+            (None, false) => {
+                let message =
+                    format!("{ready} of {total} slots of revision {} are loaded", placement.cutover.assigned());
+                wanted(ConditionType::WeightsLoaded, false, "Loading", message)
+            }
+        };
+        let serving = match (self.serving.0, self.lost) {
+            (0, _) => wanted(ConditionType::Serving, false, "NotLoaded", "no revision was ever loaded".to_owned()),
+            (revision, 0) => {
+                let message = format!("revision {revision} serves with every expert");
+                wanted(ConditionType::Serving, true, "Serving", message)
+            }
+            (revision, lost) => {
+                let message =
+                    format!("{lost} experts of revision {revision} have no live replica; they are placed first");
+                wanted(ConditionType::Serving, false, "ExpertsLost", message)
+            }
+        };
+        let yes = |wanted: &Wanted| wanted.status == Some(true);
+        let ready = yes(&placed) && yes(&serving);
+        let summary = if ready { "placed and serving".to_owned() } else { first_false(&[&placed, &loaded, &serving]) };
+        let busy = self.cutting || !self.loaded;
+        let stalled = placement.memory.problem.is_some() || (self.failure.is_some() && self.serving.0 == 0);
+        let reason = |is: bool| if is { "True" } else { "False" };
+        let moving = wanted(
+            ConditionType::Reconciling,
+            busy && !stalled,
+            if busy { "RevisionChanges" } else { "Settled" },
+            format!("assigned {}, serving {}", placement.cutover.assigned(), self.serving),
+        );
+        let stall = if stalled { summary.clone() } else { "nothing is in the way".to_owned() };
+        let stalled = wanted(ConditionType::Stalled, stalled, if stalled { "NeedsHelp" } else { "NotStalled" }, stall);
+        let ready =
+            wanted(ConditionType::Ready, ready, if reason(ready) == "True" { "Ready" } else { "NotReady" }, summary);
+        vec![placed, loaded, serving, ready, moving, stalled]
+    }
+
+    fn placed(&self, placement: &Placement) -> Wanted {
+        let kind = ConditionType::Placed;
+        match (&placement.memory.problem, placement.assigned()) {
+            (Some(problem), Some(_)) => wanted(kind, false, "CannotRepair", problem.clone()),
+            (Some(problem), None) => wanted(kind, false, "DoesNotFit", problem.clone()),
+            (None, None) if placement.spec.paused => {
+                wanted(kind, false, "Paused", "spec.paused: nothing is planned".to_owned())
+            }
+            (None, None) => wanted(kind, false, "Pending", "no plan was made yet".to_owned()),
+            (None, Some(layout)) => {
+                let declared = survive(placement.spec.redundancy.survive);
+                let devices = layout.devices.len();
+                let message = match placement.memory.survives.filter(|survives| *survives < declared) {
+                    Some(survives) => format!(
+                        "placed on {devices} devices; survives the loss of {} instead of {}",
+                        survives.as_str(),
+                        declared.as_str()
+                    ),
+                    None => format!("placed on {devices} devices"),
+                };
+                wanted(kind, true, "Placed", message)
+            }
+        }
+    }
+}
+
+fn wanted(kind: ConditionType, status: bool, reason: &'static str, message: String) -> Wanted {
+    Wanted { kind, status: Some(status), reason, message }
+}
+
+fn first_false(conditions: &[&Wanted]) -> String {
+    let first = conditions.iter().find(|wanted| wanted.status != Some(true));
+    first.map(|wanted| wanted.message.clone()).unwrap_or_default()
+}
+
+/// Slots of all layers that hold an expert.
+#[must_use]
+pub fn filled(layout: &Layout) -> u64 {
+    let slots: usize = layout.layers.values().map(|row| row.iter().flatten().count()).sum();
+    u64::try_from(slots).unwrap_or(u64::MAX)
+}
+
+fn layout_bytes(index: &Index, placement: &Placement, layout: &Layout) -> Bytes {
+    let device_bytes = |(device, range): (&berth_types::DeviceId, std::ops::Range<usize>)| {
+        let known = index.nodes().get(device.node()).and_then(|node| node.devices().get(device));
+        let vendor = known.map(|known| known.vendor)?;
+        let rows = layout.layers.values();
+        let held: usize = rows.map(|row| row.get(range.clone()).unwrap_or_default().iter().flatten().count()).sum();
+        let each = expert_bytes(&placement.spec.geometry, &placement.spec.vendor_formats, vendor);
+        Some(each.times(u64::try_from(held).unwrap_or(u64::MAX)))
+    };
+    layout.ranges().filter_map(device_bytes).sum()
+}
+
+/// Mean over layers of mean ÷ max device load of the serving revision on the last loads; `None` where no
+/// load was seen.
+#[must_use]
+pub fn balancedness(placement: &Placement) -> Option<f64> {
+    let layout = placement.layout(placement.cutover.serving())?;
+    let loads: Loads = placement.loads();
+    let mut ratios = Vec::new();
+    for (layer, row) in &layout.layers {
+        let Some(tokens) = loads.get(layer).filter(|tokens| tokens.iter().any(|count| *count > 0)) else { continue };
+        let copies = |expert: ExpertId| row.iter().flatten().filter(|held| **held == expert).count();
+        let share = |expert: &ExpertId| {
+            let index = usize::try_from(expert.0).unwrap_or(usize::MAX);
+            let count = u32::try_from(tokens.get(index).copied().unwrap_or(0)).unwrap_or(u32::MAX);
+            f64::from(count) / f64::from(u32::try_from(copies(*expert)).unwrap_or(u32::MAX).max(1))
+        };
+        let devices: Vec<f64> = layout
+            .ranges()
+            .map(|(_, range)| row.get(range).unwrap_or_default().iter().flatten().map(share).sum())
+            .collect();
+        let most = devices.iter().copied().fold(0.0, f64::max);
+        let count = f64::from(u32::try_from(devices.len()).unwrap_or(u32::MAX).max(1));
+        if most > 0.0 {
+            ratios.push(devices.iter().sum::<f64>() / count / most);
+        }
+    }
+    let count = f64::from(u32::try_from(ratios.len()).ok()?);
+    // Three digits: what changes less is no news for the API server.
+    (count > 0.0).then(|| (ratios.iter().sum::<f64>() / count * 1000.0).round() / 1000.0)
+}
