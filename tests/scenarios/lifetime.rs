@@ -16,9 +16,19 @@ struct Up {
     descendants: Vec<i32>,
 }
 
+impl Drop for Up {
+    /// A scenario that failed leaves nothing either.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 fn up(name: &str) -> Up {
     let mut child = Command::new(env!("CARGO_BIN_EXE_berth-cluster"))
         .args(["--name", name, "--nodes", "1", "--image", "shell=/bin/sh"])
+        .env("BERTH_EXIT_ON_STDIN_EOF", "1")
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .expect("started");
@@ -34,8 +44,8 @@ fn up(name: &str) -> Up {
     kubectl(&["wait", "pod/p", "--for=condition=Ready", "--timeout=60s"]);
     let pid = i32::try_from(child.id()).expect("a pid");
     let descendants = descendants(pid);
-    // etcd, API server, controller manager, scheduler, runner, container, daemon
-    assert!(descendants.len() >= 7, "{descendants:?}");
+    // etcd, API server, controller manager, scheduler, log server, runner, container, daemon
+    assert!(descendants.len() >= 8, "{descendants:?}");
     Up { child, descendants }
 }
 
@@ -78,8 +88,18 @@ fn nothing_outlives_a_parent_that_was_killed() {
 }
 
 #[test]
+fn nothing_outlives_whoever_started_the_parent() {
+    let mut up = up("orphaned-parent");
+    drop(up.child.stdin.take());
+    up.child.wait().expect("an end");
+    wait_until_gone(&up.descendants);
+}
+
+#[test]
 fn nothing_outlives_an_interrupted_parent() {
     let mut up = up("interrupted-parent");
+    // Held, so that it is the signal that ends it.
+    let _stdin = up.child.stdin.take();
     kill(Pid::from_raw(i32::try_from(up.child.id()).expect("a pid")), Signal::SIGINT).expect("interrupted");
     assert!(up.child.wait().expect("an end").success());
     let left: Vec<&i32> = up.descendants.iter().filter(|pid| is_alive(**pid)).collect();
@@ -88,14 +108,14 @@ fn nothing_outlives_an_interrupted_parent() {
 
 #[test]
 fn nothing_outlives_a_killed_container_runner() {
-    let up = up("killed-runner");
-    let name = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let runner = up.descendants.iter().find(|pid| name(**pid).trim() == "container").expect("a runner");
+    let mut up = up("killed-runner");
+    let _stdin = up.child.stdin.take();
+    let line = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let runner = up.descendants.iter().find(|pid| line(**pid).contains("/container\0run\0")).expect("a runner");
     let inside = descendants(*runner);
     assert!(inside.len() >= 2, "{inside:?}");
     kill(Pid::from_raw(*runner), Signal::SIGKILL).expect("killed");
     wait_until_gone(&inside);
-    let mut child = up.child;
-    kill(Pid::from_raw(i32::try_from(child.id()).expect("a pid")), Signal::SIGTERM).expect("asked");
-    assert!(child.wait().expect("an end").success());
+    kill(Pid::from_raw(i32::try_from(up.child.id()).expect("a pid")), Signal::SIGTERM).expect("asked");
+    assert!(up.child.wait().expect("an end").success());
 }

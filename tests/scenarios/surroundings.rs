@@ -111,3 +111,15 @@ async fn a_node_shows_its_own_host_files_labels_and_resources() {
     let allocatable = node.status.and_then(|s| s.allocatable).expect("resources");
     assert_eq!(allocatable.get("example.com/device").map(|q| q.0.as_str()), Some("4"));
 }
+
+#[tokio::test]
+async fn kubectl_shows_a_log_and_its_end() {
+    let cluster = shared().await;
+    let client = cluster.namespace("logs").await;
+    cluster.run_shell("logs", "echo one; echo two; exec sleep 1000", "", "").await;
+    cluster.pod(&client, "logs", "p", |pod| has(pod, "Ready")).await;
+    cluster.log_with("logs", "p", "two").await;
+    let logs = |more: &'static str| async move { cluster.plane.kubectl(&["-n", "logs", "logs", "p", more]).await };
+    assert_eq!(logs("--tail=-1").await.expect("a log"), "one\ntwo\n");
+    assert_eq!(logs("--tail=1").await.expect("a log"), "two\n");
+}

@@ -75,10 +75,22 @@ impl ControlPlane {
     /// When the binaries cannot be built, a process ends early, or the deadline passes; the error shows the
     /// last lines of the log to look at.
     pub async fn start(config: ControlPlaneConfig) -> Result<Self> {
+        let mut attempts = 1..=3;
+        loop {
+            match Self::try_start(&config).await {
+                // Another process took a port between the moment it was found free and its use.
+                Err(Error::Deadline { tail, .. })
+                    if tail.contains("address already in use") && attempts.next().is_some() => {}
+                result => return result,
+            }
+        }
+    }
+
+    async fn try_start(config: &ControlPlaneConfig) -> Result<Self> {
         let tool = tokio::task::spawn_blocking(ClusterTool::locate).await.unwrap_or_else(|panic| {
             std::panic::resume_unwind(panic.into_panic());
         })?;
-        let (dir, lock) = take_dir(&config)?;
+        let (dir, lock) = take_dir(config)?;
         let deadline = Instant::now() + config.deadline;
         let ports = Ports::from(free_ports()?);
         let url = format!("https://127.0.0.1:{}", ports.apiserver);
@@ -93,10 +105,10 @@ impl ControlPlane {
             _lock: lock,
         };
         plane.spawn(components::etcd(&plane.tool, &plane.dir, ports))?;
-        plane.spawn(components::apiserver(&plane.tool, &plane.dir, ports, &config)?)?;
+        plane.spawn(components::apiserver(&plane.tool, &plane.dir, ports, config)?)?;
         plane.wait_until_serving(deadline, config.deadline).await?;
-        plane.spawn(components::controller_manager(&plane.tool, &plane.dir, &config))?;
-        plane.spawn(components::scheduler(&plane.tool, &plane.dir, &config))?;
+        plane.spawn(components::controller_manager(&plane.tool, &plane.dir, config))?;
+        plane.spawn(components::scheduler(&plane.tool, &plane.dir, config))?;
         plane.wait_until_working(deadline, config.deadline).await?;
         Ok(plane)
     }

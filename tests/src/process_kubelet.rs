@@ -36,8 +36,9 @@ use tokio_util::task::TaskTracker;
 
 pub use backoff::Backoff;
 use kubelet::Kubelet;
-use node::Node;
+use node::{LOG_PORT, Node};
 
+use crate::tied_process::TiedProcess;
 use crate::{ControlPlane, Error, Result};
 
 /// A node to pretend.
@@ -103,6 +104,8 @@ pub struct ProcessKubelet {
     kubelet: Arc<Kubelet>,
     stop: CancellationToken,
     thread: Option<JoinHandle<()>>,
+    /// Answers `kubectl logs`.
+    _logs: TiedProcess,
 }
 
 /// Containers that are to end have this long before they are killed by dropping them.
@@ -119,12 +122,13 @@ impl ProcessKubelet {
         let (tell, told) = oneshot::channel();
         let (client_config, stopped) = (client_config(plane), stop.clone());
         let seed = Seed::of(plane, config)?;
+        let logs = seed.serve_logs()?;
         let thread = std::thread::Builder::new()
             .name("process-kubelet".into())
             .spawn(move || run(client_config, seed, stopped, tell))
             .map_err(|source| Error::Start { program: "process kubelet".into(), source })?;
         match told.await {
-            Ok(Ok(kubelet)) => Ok(Self { kubelet, stop, thread: Some(thread) }),
+            Ok(Ok(kubelet)) => Ok(Self { kubelet, stop, thread: Some(thread), _logs: logs }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::Unknown { what: "answer of the", name: "process kubelet's thread".into() }),
         }
@@ -284,6 +288,14 @@ impl Seed {
             dir,
             nodes,
         })
+    }
+
+    /// Starts the server that `kubectl logs` asks, at every node's address.
+    fn serve_logs(&self) -> Result<TiedProcess> {
+        let addresses = self.nodes.values().map(|node| format!("{}:{LOG_PORT}", node.ip()));
+        let mut command = std::process::Command::new(self.tool.container());
+        command.arg("serve-logs").arg(self.dir.join("pods")).args(addresses);
+        TiedProcess::spawn("serve-logs", command, &self.dir)
     }
 
     fn grow(self, client: Client) -> Kubelet {

@@ -15,8 +15,8 @@ use nix::unistd::Pid;
 
 use crate::{Error, Result};
 
-/// Tells `cluster` to end when its standard input closes.
-const EXIT_ON_STDIN_EOF: &str = "BERTH_EXIT_ON_STDIN_EOF";
+/// Tells `cluster` and `berth-cluster` to end when their standard input closes.
+pub const EXIT_ON_STDIN_EOF: &str = "BERTH_EXIT_ON_STDIN_EOF";
 
 /// A running child; killed when dropped.
 #[derive(Debug)]

@@ -5,6 +5,8 @@
 // It passes on signals and the exit status, and it must never outlive whoever started it: its standard input
 // is a pipe, and when that closes (the kernel closes it for a parent that ended in any way) all is killed.
 //
+// `container serve-logs` is the small rest of a kubelet's server that `kubectl logs` asks.
+//
 //	caller --stdin pipe--> run --namespaces, death signal--> init = exec ==> the container's program, pid 1
 package main
 
@@ -49,8 +51,14 @@ type State struct {
 
 func main() {
 	runtime.LockOSThread() // the death signal of a child follows the thread that started it
+	if len(os.Args) > 1 && os.Args[1] == "serve-logs" {
+		if err := logsMain(os.Args[2:]); err != nil {
+			fail(err.Error())
+		}
+		return
+	}
 	if len(os.Args) != 3 {
-		fail("usage: container run SPEC")
+		fail("usage: container run SPEC | container serve-logs DIR ADDRESS...")
 	}
 	spec, err := readSpec(os.Args[2])
 	if err != nil {

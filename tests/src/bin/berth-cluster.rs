@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use berth_tests::control_plane::ControlPlaneConfig;
 use berth_tests::process_kubelet::{KubeletConfig, SimulatedNode};
+use berth_tests::tied_process::EXIT_ON_STDIN_EOF;
 use berth_tests::{ControlPlane, ProcessKubelet};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
@@ -56,5 +57,21 @@ async fn main() -> anyhow::Result<()> {
         result = up => result,
         interrupted = tokio::signal::ctrl_c() => interrupted.context("listen for Ctrl-C"),
         _ = end.recv() => Ok(()),
+        () = starter_is_gone() => Ok(()),
     }
+}
+
+/// Ends when standard input closes, for a starter that asks for it; never for another.
+async fn starter_is_gone() {
+    if std::env::var_os(EXIT_ON_STDIN_EOF).is_none() {
+        return std::future::pending().await;
+    }
+    let (gone, told) = tokio::sync::oneshot::channel();
+    // A thread of its own: the runtime would wait for one of its threads that reads until it has read.
+    std::thread::spawn(move || {
+        // An input that cannot be read is as good as closed.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        let _ = gone.send(());
+    });
+    let _ = told.await;
 }

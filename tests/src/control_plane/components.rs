@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use super::ControlPlaneConfig;
+use crate::tied_process::EXIT_ON_STDIN_EOF;
 use crate::{ClusterTool, Error, Result};
 
 /// Addresses of Services; nothing listens there.
@@ -97,6 +98,8 @@ pub(super) fn apiserver(
         .arg(format!("--service-cluster-ip-range={SERVICE_RANGE}"))
         .args(["--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction"])
         .args(["--allow-privileged=true", "--profiling=false"])
+        // For `kubectl logs`: nodes have no names that resolve.
+        .arg("--kubelet-preferred-address-types=InternalIP")
         .arg(format!("--audit-log-path={}", at("audit.log")))
         .arg(format!("--audit-policy-file={}", policy.display()))
         .args(&config.apiserver_args);
@@ -134,6 +137,7 @@ pub(super) fn scheduler(tool: &ClusterTool, dir: &Path, config: &ControlPlaneCon
 
 fn component(tool: &ClusterTool, name: &str) -> Command {
     let mut command = Command::new(tool.cluster());
-    command.arg(name).env_remove("KUBECONFIG");
+    // A process that is tied says so when it is spawned; the keys are made by one that is not.
+    command.arg(name).env_remove("KUBECONFIG").env_remove(EXIT_ON_STDIN_EOF);
     command
 }

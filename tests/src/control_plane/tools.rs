@@ -8,6 +8,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
 use super::ControlPlane;
+use crate::tied_process::EXIT_ON_STDIN_EOF;
 use crate::{Error, Result};
 
 /// Longer than any `--wait` a test should use.
@@ -56,6 +57,7 @@ impl ControlPlane {
         let home = self.dir.join("home");
         let mut command = Command::new(program);
         command
+            .env_remove(EXIT_ON_STDIN_EOF)
             .env("KUBECONFIG", self.kubeconfig())
             .env("HOME", &home)
             .env("HELM_CACHE_HOME", home.join("helm/cache"))

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{
-    Node as NodeObject, NodeAddress, NodeCondition, NodeSpec, NodeStatus, NodeSystemInfo,
+    DaemonEndpoint, Node as NodeObject, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
+    NodeSystemInfo,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference, Time};
@@ -25,6 +26,8 @@ use crate::{Error, Result};
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// As a kubelet has it.
 const LEASE_SECONDS: i32 = 40;
+/// Where each node's logs are served, as a kubelet does.
+pub(super) const LOG_PORT: u16 = 10250;
 /// A status is written again after so long even when nothing changed.
 const STATUS_EVERY: Duration = Duration::from_secs(10);
 
@@ -155,6 +158,9 @@ impl Node {
                 address("Hostname", self.wanted.name.clone()),
             ]),
             conditions: Some(conditions(Timestamp::now())),
+            daemon_endpoints: Some(NodeDaemonEndpoints {
+                kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(LOG_PORT) }),
+            }),
             node_info: Some(node_info(&self.wanted.name)),
             ..NodeStatus::default()
         }

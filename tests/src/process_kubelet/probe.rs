@@ -192,3 +192,70 @@ async fn execute(command: &[String], target: &Target) -> Result<(), String> {
     }
     Err(format!("{}: {}", output.status, String::from_utf8_lossy(&output.stdout).trim()))
 }
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::{ContainerPort, TCPSocketAction};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    fn target() -> Target {
+        Target { ip: "127.0.0.1".into(), pid: 0 }
+    }
+
+    /// A container whose port `web` is where an answer is given to each of `answers` requests in turn.
+    async fn serving(answers: Vec<&'static str>) -> Container {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        tokio::spawn(async move {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().await.expect("a client");
+                let mut request = [0; 256];
+                let length = stream.read(&mut request).await.expect("a request");
+                assert!(request[..length].starts_with(b"GET /ready HTTP/1.1\r\nHost: 127.0.0.1"));
+                stream.write_all(answer.as_bytes()).await.expect("sent");
+            }
+        });
+        let port = ContainerPort { name: Some("web".into()), container_port: port.into(), ..Default::default() };
+        Container { ports: Some(vec![port]), ..Container::default() }
+    }
+
+    fn get(port: IntOrString) -> Probe {
+        let get = HTTPGetAction { path: Some("/ready".into()), port, ..HTTPGetAction::default() };
+        Probe { http_get: Some(get), ..Probe::default() }
+    }
+
+    #[tokio::test]
+    async fn an_http_probe_takes_a_named_port_and_every_status_from_200_to_399() {
+        let web = || get(IntOrString::String("web".into()));
+        let answers = vec!["HTTP/1.1 200 OK\r\n\r\n", "HTTP/1.1 302 Found\r\n\r\n", "HTTP/1.1 503 No\r\n\r\n", "?"];
+        let container = serving(answers).await;
+        assert_eq!(try_once(&web(), &container, &target()).await, Ok(()));
+        assert_eq!(try_once(&web(), &container, &target()).await, Ok(()));
+        let refused = try_once(&web(), &container, &target()).await;
+        assert_eq!(refused, Err("HTTP probe failed with statuscode: 503".into()));
+        assert_eq!(try_once(&web(), &container, &target()).await, Err("the answer is not HTTP".into()));
+        let unknown = try_once(&get(IntOrString::String("other".into())), &container, &target()).await;
+        assert!(unknown.is_err_and(|why| why.starts_with("no port")));
+    }
+
+    #[tokio::test]
+    async fn a_tcp_probe_needs_a_listener() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = IntOrString::Int(listener.local_addr().expect("an address").port().into());
+        let probe = Probe { tcp_socket: Some(TCPSocketAction { port, host: None }), ..Probe::default() };
+        assert_eq!(try_once(&probe, &Container::default(), &target()).await, Ok(()));
+        drop(listener);
+        let refused = try_once(&probe, &Container::default(), &target()).await;
+        assert!(refused.is_err_and(|why| why.starts_with("dial tcp 127.0.0.1")));
+    }
+
+    #[tokio::test]
+    async fn a_probe_that_gets_no_answer_fails_at_its_timeout() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let port = IntOrString::Int(listener.local_addr().expect("an address").port().into());
+        let silent = try_once(&get(port), &Container::default(), &target()).await;
+        assert_eq!(silent, Err("no answer within 1s".into()));
+    }
+}
