@@ -1,6 +1,8 @@
 //! Scenarios on a real control plane with the process kubelet, one module a topic. They share one control
 //! plane, each with a namespace of its own; what must be alone starts its own.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a scenario fails it like the scenario itself")]
+
 mod cluster;
 mod crd_rules;
 mod kubelet;
