@@ -1,3 +1,251 @@
 //! One node: device health, workers, orders.
+//!
+//! ```text
+//! nvml, kernel log --facts--> node (ledger) --> published --> report (stream up), node_status (object)
+//!                                   |                             |                    |
+//!                                   v                             v                    v
+//!                                workers <--------------- orders (shelves)      orders (will)
+//! ```
+//!
+//! The agent is a supervisor: it has no device context, plans nothing, and orders no reset. A vendor call
+//! that hangs, a worker that dies and a scheduler that is away each cost what they are, and nothing else.
 
+pub mod health;
+pub mod host;
+pub mod metrics;
+pub mod node;
+pub mod node_status;
+pub mod orders;
+pub mod published;
+pub mod report;
+pub mod tend;
+pub mod vendor;
 pub mod worker;
+pub mod workers;
+
+use std::{
+    collections::BTreeSet, convert::Infallible, ffi::OsString, io, net::SocketAddr, path::PathBuf, sync::Arc,
+    time::Duration,
+};
+
+use berth_runtime::{Clock, Part, PartConfig, PartError};
+use berth_types::NodeName;
+use kube::Client;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use health::{kmsg::KernelLog, ledger::Report, log, tail::Tail};
+use host::Host;
+use metrics::Metrics;
+use node::{Keeper, Snapshot};
+use node_status::NodeStatus;
+use orders::{Desired, Wanted};
+use published::Publisher;
+use report::{Leader, Reporter};
+use vendor::{
+    Bells, Facts,
+    nvml::watch::{self as nvml_watch, Watch, WatchConfig},
+};
+use workers::{View, WorkerConfig, Workers};
+
+/// Facts on their way to the ledger.
+const FACT_ROOM: usize = 256;
+/// How long workers may take to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(20);
+
+/// What an agent is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Its node.
+    pub node: NodeName,
+    /// Address of the admin endpoints.
+    pub admin_listen: SocketAddr,
+    /// The scheduler's Lease: namespace and name.
+    pub scheduler_lease: (String, String),
+    /// The kernel log: /dev/kmsg, or a file or pipe of such records.
+    pub kernel_log: PathBuf,
+    /// NVIDIA's management library; `None` = by its usual name.
+    pub nvml_library: Option<OsString>,
+    /// Where the kernel lists PCI devices.
+    pub pci_devices: PathBuf,
+    /// How workers are started.
+    pub worker: WorkerConfig,
+}
+
+/// Why an agent could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// Reports could not be ordered.
+    #[error("host facts: {0}")]
+    Host(#[source] io::Error),
+    /// There is no way to the API server.
+    #[error("API server: {0}: give the pod a service account, or set KUBECONFIG")]
+    Api(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The part ended otherwise than asked.
+    #[error(transparent)]
+    Part(#[from] PartError),
+}
+
+/// What watches a node's devices.
+pub struct Eyes {
+    /// NVIDIA's library.
+    pub nvml: WatchConfig,
+    /// The kernel log; `None` = it cannot be read.
+    pub log: Option<Box<dyn KernelLog>>,
+    /// Told every report as it is said.
+    pub observer: Option<mpsc::UnboundedSender<Report>>,
+}
+
+/// A node under watch.
+#[derive(Debug)]
+pub struct Observation {
+    /// What is so; `None` until every detector has settled.
+    pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    /// For facts that no detector tells: workers, resets, validation.
+    pub facts: Facts,
+}
+
+/// Starts to watch: detectors, and the keeper of the ledger, as tasks given to `spawn`, until `stop` is
+/// cancelled.
+///
+/// # Errors
+/// When the system refuses a thread.
+pub fn observe(
+    eyes: Eyes,
+    clock: &Clock,
+    metrics: &Metrics,
+    stop: &CancellationToken,
+    mut spawn: impl FnMut(&'static str, futures::future::BoxFuture<'static, ()>),
+) -> io::Result<Observation> {
+    let (facts, told) = Facts::line(FACT_ROOM);
+    let bells = Bells::default();
+    let mut detectors = BTreeSet::from([nvml_watch::NAME]);
+    if let Some(log) = eyes.log {
+        detectors.insert(log::NAME);
+        log::follow(log, facts.clone(), metrics.clone(), clock)?;
+    }
+    let watch = Watch::new(eyes.nvml, clock.clone(), facts.clone(), bells.clone());
+    spawn("nvml", Box::pin(watch.run(stop.clone())));
+    let (shown, snapshots) = watch::channel(None);
+    let keeper = Keeper {
+        clock: clock.clone(),
+        facts: told,
+        bells,
+        detectors,
+        metrics: metrics.clone(),
+        observer: eyes.observer,
+    };
+    spawn("ledger", Box::pin(keeper.run(shown, stop.clone())));
+    Ok(Observation { snapshots, facts })
+}
+
+/// Runs an agent until `stop` is cancelled: not ready, workers ended, stream closed.
+///
+/// # Errors
+/// [`AgentError`].
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentError> {
+    let Config { node, admin_listen, scheduler_lease, kernel_log, nvml_library, pci_devices, worker } = config;
+    let clock = Clock::real();
+    let host = Host::read().map_err(AgentError::Host)?;
+    let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
+    let client = Client::try_default().await.map_err(|error| AgentError::Api(Box::new(error)))?;
+    let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
+    let part = Part::start(part, clock.clone(), stop).await?;
+    let metrics = Metrics::register(&part.metrics);
+    tracing::info!(%node, boot = host.boot_id, memory = host.memory_bytes, processors = host.processors, "host");
+    // Read once: a label that comes later needs no restart to be harmless.
+    let expected = node_status::read_node(&client, &clock, &node).await;
+    let expected = expected.map(|node| node_status::expected_devices(&node)).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the Node cannot be read: the number of devices is not checked");
+        None
+    });
+    let nvml = WatchConfig { library: nvml_library, kernel_lists: host::nvidia_devices(&pci_devices), expected };
+    let (log, _log_stop) = open_log(&kernel_log);
+    let eyes = Eyes { nvml, log, observer: None };
+    // Workers end first; what tells of it stays until they have.
+    let stopping = part.tasks.stopping().clone();
+    let last = CancellationToken::new();
+    let observation = observe(eyes, &clock, &metrics, &last, |name, task| {
+        part.tasks.keep(name, async move {
+            task.await;
+            Ok::<_, Infallible>(())
+        });
+    })
+    .map_err(AgentError::Host)?;
+    let keep = |name: &'static str, task: futures::future::BoxFuture<'static, ()>| {
+        part.tasks.keep(name, async move {
+            task.await;
+            Ok::<_, Infallible>(())
+        });
+    };
+    let (wanted, see_wanted) = watch::channel(Wanted::default());
+    let (view, see_view) = watch::channel(View::default());
+    let (desired, see_desired) = watch::channel(Arc::<Desired>::default());
+    let (publish, published) = watch::channel(None);
+    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms };
+    keep(
+        "published",
+        Box::pin(publisher.run(observation.snapshots.clone(), see_wanted.clone(), publish, last.clone())),
+    );
+    let status = NodeStatus {
+        clock: clock.clone(),
+        client: client.clone(),
+        node: node.clone(),
+        published: published.clone(),
+        workers: see_view.clone(),
+        wanted,
+        metrics: metrics.clone(),
+    };
+    keep("node status", Box::pin(status.run(last.clone())));
+    let (namespace, name) = scheduler_lease;
+    let reporter = Reporter {
+        clock: clock.clone(),
+        node: node.clone(),
+        leader: Leader::Lease { client, namespace, name },
+        published: published.clone(),
+        workers: see_view,
+        desired,
+        metrics: metrics.clone(),
+    };
+    keep("report", Box::pin(reporter.run(last.clone())));
+    let workers = Workers {
+        clock: clock.clone(),
+        node,
+        config: worker,
+        snapshots: observation.snapshots.clone(),
+        wanted: see_wanted,
+        desired: see_desired,
+        facts: observation.facts,
+        view,
+        metrics,
+    };
+    let after = last.clone();
+    keep(
+        "workers",
+        Box::pin(async move {
+            workers.run(stopping.child_token()).await;
+            stopping.cancelled().await;
+            after.cancel();
+        }),
+    );
+    let ready = part.admin.check("devices");
+    let mut seen = observation.snapshots;
+    part.tasks.spawn("ready", async move {
+        if seen.wait_for(Option::is_some).await.is_ok() {
+            ready.pass();
+        }
+        Ok::<_, Infallible>(())
+    });
+    Ok(part.finish().await?)
+}
+
+/// The kernel log; an agent that may not read it goes on by polling, and says so.
+fn open_log(path: &std::path::Path) -> (Option<Box<dyn KernelLog>>, Option<io::PipeWriter>) {
+    match Tail::open(path) {
+        Ok((tail, stop)) => (Some(Box::new(tail)), Some(stop)),
+        Err(error) => {
+            tracing::warn!(%error, path = %path.display(), "kernel log: faults are found by polling only");
+            (None, None)
+        }
+    }
+}

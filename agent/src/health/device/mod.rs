@@ -1,0 +1,315 @@
+//! One device: its conditions and what it remembers. Pure: each fact comes with its time, effects are
+//! handed back.
+
+mod readings;
+mod resets;
+mod xids;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
+
+use super::{
+    catalog::{self, Row},
+    condition::{Clears, Condition, DAY, Origin, PROBATION, Phase, Words, compose, next_step},
+    fact::{DeviceInfo, Reading, ResetStep, What},
+};
+
+/// What must be done because of a fact.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Say this without changing the state.
+    Note {
+        /// Its reason.
+        reason: Reason,
+        /// Its action.
+        action: Action,
+        /// Its scope.
+        scope: Scope,
+        /// Code, pid, text.
+        evidence: String,
+    },
+    /// Say this, unless another fault of the fabric explains it.
+    FabricNote(String),
+    /// Read the deciding values now.
+    Reread,
+    /// Programs keep failing here; only the node can tell whether it is the device.
+    Suspect,
+}
+
+/// Conditions that the driver's recovery action can be the consequence of.
+const CAUSES: [Reason; 9] = [
+    Reason::DeviceLost,
+    Reason::MemoryUncorrectable,
+    Reason::MemoryRemapPending,
+    Reason::MemoryRemapFailed,
+    Reason::EngineFault,
+    Reason::FirmwareHang,
+    Reason::FabricLinkDown,
+    Reason::PcieFault,
+    Reason::UnknownFault,
+];
+/// A device that cannot be read for so long takes no new replicas.
+const BLIND_LIMIT: Duration = Duration::from_secs(30);
+/// Incidents of one reason within a day that make it a repeated fault.
+const REPEATED: usize = 3;
+
+/// One device's conditions and memory.
+#[derive(Clone, Debug, Default)]
+pub struct Device {
+    /// What it is; `None` while only the kernel spoke of it.
+    pub info: Option<DeviceInfo>,
+    conditions: BTreeMap<(Reason, Origin), Condition>,
+    /// The recovery action that holds, and when the kernel log last named one.
+    recovery: Option<u32>,
+    recovery_line: Option<Duration>,
+    last: Option<Reading>,
+    resetting: Option<Duration>,
+    reset_done: Option<Duration>,
+    validated: Option<Duration>,
+    waiting: Vec<xids::Waiting>,
+    traces: Vec<xids::Trace>,
+    seen: VecDeque<xids::Seen>,
+    /// Processes that failed here, with when.
+    failures: VecDeque<(Duration, u32)>,
+    begun: BTreeMap<Reason, Vec<Duration>>,
+    returned: BTreeMap<Reason, Duration>,
+    corrected: VecDeque<(Duration, u64)>,
+    clique: Option<Option<u32>>,
+    /// Facts come from the time before the agent started.
+    replaying: bool,
+}
+
+impl Device {
+    /// A device of which nothing is known yet; while `replaying`, facts are history.
+    #[must_use]
+    pub fn new(replaying: bool) -> Self {
+        Self { replaying, ..Self::default() }
+    }
+
+    /// Takes one fact.
+    pub fn take(&mut self, now: Duration, what: &What, effects: &mut Vec<Effect>) {
+        match what {
+            What::Listed(info) => self.info = Some(info.clone()),
+            What::Unspoken(info) => self.info = Some(info.clone()),
+            What::Xid(xid) => self.xid(now, xid, effects),
+            What::Recovery(value) => self.recovery_line(now, *value, effects),
+            What::BusLoss(line) => self.lost(now, line),
+            What::Event(bits) => self.event(now, *bits, effects),
+            What::Reading(reading) => self.reading(now, reading, effects),
+            What::Reset(step) => self.reset(now, *step, effects),
+            What::Validated(ok) => self.validate(now, *ok, effects),
+            What::WorkerDied(how) => effects.push(Effect::Note {
+                reason: Reason::ProcessFault,
+                action: Action::RestartWorkload,
+                scope: Scope::Process,
+                evidence: how.clone(),
+            }),
+            What::WorkerStuck(stuck) => self.worker_stuck(now, stuck.as_deref()),
+            What::NoLibrary { why } => {
+                let words = Words::new(Health::Unknown, Admission::Barred, Action::None, Scope::Node);
+                self.begin(
+                    now,
+                    Row { reason: Reason::AgentBlind, words, clears: Clears::Reading },
+                    Origin::Vendor,
+                    why,
+                );
+            }
+            What::Library => self.end(Reason::AgentBlind, Origin::Vendor),
+            What::Switch { .. } | What::Count { .. } => {}
+        }
+    }
+
+    /// Lets time pass: what waited for it happens.
+    pub fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) {
+        self.decide_waiting(now, effects);
+        self.conditions.retain(|_, condition| match condition.phase {
+            Phase::Held(until) | Phase::Probation(until) => until > now,
+            Phase::Active => true,
+        });
+        if let Some(blind) = self.conditions.get_mut(&(Reason::AgentBlind, Origin::Vendor))
+            && now.saturating_sub(blind.since) >= BLIND_LIMIT
+        {
+            blind.words.admission = blind.words.admission.max(Admission::Draining);
+        }
+    }
+
+    /// When [`Self::tick`] has something to do.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        let conditions = self.conditions.iter().filter_map(|((reason, origin), condition)| match condition.phase {
+            Phase::Held(until) | Phase::Probation(until) => Some(until),
+            Phase::Active if *reason == Reason::AgentBlind && *origin == Origin::Vendor => {
+                let draining = condition.words.admission >= Admission::Draining;
+                (!draining).then(|| condition.since.saturating_add(BLIND_LIMIT))
+            }
+            Phase::Active => None,
+        });
+        conditions.chain(self.waiting.iter().map(xids::Waiting::until)).min()
+    }
+
+    /// The five words and the evidence of the worst condition.
+    #[must_use]
+    pub fn state(&self) -> (DeviceState, String) {
+        compose(self.conditions.iter().map(|((reason, _), condition)| (*reason, condition)))
+    }
+
+    /// Whether a fault of the scale-up fabric is open here.
+    #[must_use]
+    pub fn fabric_fault(&self, now: Duration) -> bool {
+        let open = |reason| self.conditions.iter().any(|((of, _), condition)| *of == reason && condition.explains(now));
+        open(Reason::FabricLinkDown) || open(Reason::FabricDegraded)
+    }
+
+    /// Whether a program failed here within a day.
+    #[must_use]
+    pub fn programs_fail(&self, now: Duration) -> bool {
+        self.failures.iter().any(|(at, _)| now.saturating_sub(*at) <= DAY)
+    }
+
+    /// Programs fail here and nowhere else on the node: the device is suspected, nothing is taken from it.
+    pub fn suspect(&mut self, now: Duration) {
+        let words = Words::new(Health::Degraded, Admission::Draining, Action::None, Scope::Device);
+        let row = Row { reason: Reason::RepeatedFault, words, clears: Clears::Release };
+        self.begin(now, row, Origin::Vendor, "faults of 4 different processes within 24 h, on this device only");
+    }
+
+    /// The log before the agent's start is read and the device was asked: what it says now counts.
+    pub fn settle(&mut self) {
+        self.replaying = false;
+        let Some(last) = self.last.clone() else { return };
+        self.conditions.retain(|(reason, _), condition| !condition.old || still_true(*reason, &last));
+    }
+
+    fn worker_stuck(&mut self, now: Duration, stuck: Option<&str>) {
+        let words = Words::new(Health::Unknown, Admission::Barred, Action::None, Scope::Device);
+        match stuck {
+            Some(how) => {
+                self.begin(
+                    now,
+                    Row { reason: Reason::AgentBlind, words, clears: Clears::Reading },
+                    Origin::Worker,
+                    how,
+                );
+            }
+            None => self.end(Reason::AgentBlind, Origin::Worker),
+        }
+    }
+
+    fn lost(&mut self, now: Duration, evidence: &str) {
+        if self.resetting.is_some() {
+            return;
+        }
+        let row = Row { reason: Reason::DeviceLost, words: catalog::REBOOT, clears: Clears::Probe };
+        self.begin(now, row, Origin::Vendor, evidence);
+    }
+
+    /// Opens a condition, or adds a fact to the one that is open.
+    fn begin(&mut self, now: Duration, row: Row, origin: Origin, evidence: &str) {
+        let Row { reason, words, clears } = row;
+        let key = (reason, origin);
+        let open = self.conditions.get_mut(&key).filter(|open| !matches!(open.phase, Phase::Probation(_)));
+        if let Some(open) = open {
+            open.words = open.words.worsened(words);
+            (open.last, open.phase) = (now, Phase::Active);
+            open.count = open.count.saturating_add(1);
+            if clears == Clears::Probe {
+                open.clears = Clears::Probe;
+            }
+        } else {
+            let words = self.climbed(now, reason, words);
+            let evidence = evidence.to_owned();
+            let (phase, old) = (Phase::Active, self.replaying);
+            let fresh = Condition { words, evidence, since: now, last: now, clears, phase, count: 1, old };
+            self.conditions.insert(key, fresh);
+        }
+        if CAUSES.contains(&reason) && origin == Origin::Vendor {
+            self.absorb();
+        }
+    }
+
+    fn end(&mut self, reason: Reason, origin: Origin) {
+        self.conditions.remove(&(reason, origin));
+    }
+
+    /// The words of a new incident: one step up the ladder when the reason came back too soon.
+    fn climbed(&mut self, now: Duration, reason: Reason, words: Words) -> Words {
+        if words.action == Action::None || self.replaying {
+            return words;
+        }
+        let recent = |at: Duration| now.saturating_sub(at) <= DAY;
+        let begun = self.begun.entry(reason).or_default();
+        begun.retain(|at| recent(*at));
+        begun.push(now);
+        let often = begun.len() >= REPEATED;
+        let again = self.returned.get(&reason).is_some_and(|at| recent(*at));
+        let words = if again { climb(words) } else { words };
+        if often || (again && words.action == Action::ServiceHardware) {
+            self.give_up(now, &format!("{reason} came back"));
+        }
+        words
+    }
+
+    fn give_up(&mut self, now: Duration, evidence: &str) {
+        let row = Row { reason: Reason::RepeatedFault, words: catalog::SERVICE, clears: Clears::Release };
+        let condition = Condition {
+            words: row.words,
+            evidence: evidence.to_owned(),
+            since: now,
+            last: now,
+            clears: row.clears,
+            phase: Phase::Active,
+            count: 1,
+            old: false,
+        };
+        self.conditions.entry((row.reason, Origin::Vendor)).or_insert(condition);
+    }
+
+    /// The driver's wish joins the fault that explains it.
+    fn absorb(&mut self) {
+        let key = (Reason::ResetRequired, Origin::Recovery);
+        let Some(wish) = self.conditions.get(&key).filter(|wish| wish.phase == Phase::Active).cloned() else { return };
+        let cause = self
+            .conditions
+            .iter_mut()
+            .filter(|((reason, origin), cause)| {
+                CAUSES.contains(reason) && *origin == Origin::Vendor && !matches!(cause.phase, Phase::Probation(_))
+            })
+            .max_by_key(|(_, cause)| (cause.words.health, cause.words.admission, cause.words.action));
+        if let Some((_, cause)) = cause {
+            cause.words = cause.words.worsened(wish.words);
+            cause.phase = Phase::Active;
+            self.conditions.remove(&key);
+        }
+    }
+
+    fn probation(&self, now: Duration, reason: Reason) -> Duration {
+        let begun = self
+            .begun
+            .get(&reason)
+            .map_or(0, |begun| begun.iter().filter(|at| now.saturating_sub(**at) <= DAY).count());
+        let doubled = u32::try_from(begun.saturating_sub(1)).unwrap_or(u32::MAX).min(16);
+        PROBATION.saturating_mul(1 << doubled).min(DAY)
+    }
+}
+
+/// One step up; from a reset on, a step that did not help bars the device.
+fn climb(words: Words) -> Words {
+    let admission = if words.action >= Action::ResetDevice { Admission::Barred } else { words.admission };
+    let health = if admission == Admission::Barred { Health::Unhealthy } else { words.health };
+    Words { health, admission, action: next_step(words.action), scope: words.scope }
+}
+
+/// Whether a fault from the log of the past still holds by what the device says now.
+fn still_true(reason: Reason, now: &Reading) -> bool {
+    let rows = now.rows.value();
+    match reason {
+        Reason::DeviceLost => now.lost,
+        Reason::MemoryRemapPending => rows.is_some_and(|rows| rows.pending),
+        Reason::MemoryRemapFailed => rows.is_none_or(|rows| rows.failed),
+        _ => now.lost || now.recovery.value() != Some(0),
+    }
+}

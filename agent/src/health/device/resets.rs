@@ -1,0 +1,152 @@
+//! The driver's recovery action, resets and validation of one device: how it is taken back.
+
+use std::time::Duration;
+
+use berth_types::{Action, Admission, Reason};
+
+use super::{CAUSES, Device, Effect, Phase, ResetStep, climb};
+use crate::health::{
+    catalog,
+    condition::{Clears, Origin, next_step},
+};
+
+/// A validation waits so long for a reading that is good.
+const TRUST: Duration = Duration::from_secs(10);
+/// A reset that was not heard of again after this is over.
+const RESET_LIMIT: Duration = Duration::from_secs(600);
+
+impl Device {
+    /// A line of the kernel log about the recovery action; without a value the device is asked.
+    pub(super) fn recovery_line(&mut self, now: Duration, value: Option<u32>, effects: &mut Vec<Effect>) {
+        match value {
+            Some(value) => {
+                self.recovery_line = Some(now);
+                self.recovery_value(now, value, &format!("Xid 154, recovery action {value}"));
+            }
+            None => effects.push(Effect::Reread),
+        }
+        self.decide_waiting(now, effects);
+    }
+
+    /// The recovery action is `value`.
+    pub(super) fn recovery_value(&mut self, now: Duration, value: u32, evidence: &str) {
+        let before = self.recovery.replace(value);
+        let row = catalog::recovery(value);
+        let reset_began = |since: Duration| self.resetting.or(self.reset_done).is_some_and(|at| at >= since);
+        let latched = self.conditions.get(&(Reason::ResetRequired, Origin::Recovery));
+        // A reset answers a wish; only its validation takes the wish back. Otherwise the driver does.
+        let stays = latched.is_some_and(|wish| wish.phase != Phase::Active || reset_began(wish.since));
+        for reason in [Reason::ResetRequired, Reason::FabricDegraded, Reason::UnknownFault] {
+            let wanted = row.is_some_and(|row| row.reason == reason);
+            if !wanted && !(reason == Reason::ResetRequired && stays) {
+                self.end(reason, Origin::Recovery);
+            }
+        }
+        let Some(row) = row else { return };
+        let explained = row.reason == Reason::ResetRequired
+            && self.conditions.iter_mut().any(|((reason, origin), cause)| {
+                let cause_of =
+                    CAUSES.contains(reason) && *origin == Origin::Vendor && !matches!(cause.phase, Phase::Probation(_));
+                // Before the reset's reading the old value says nothing new.
+                cause_of && cause.words.worsened(row.words) == cause.words
+            });
+        if explained {
+            return;
+        }
+        let known = self.conditions.get(&(row.reason, Origin::Recovery));
+        let same = known.is_some_and(|known| known.phase == Phase::Active && before == Some(value));
+        if !same {
+            self.begin(now, row, Origin::Recovery, evidence);
+            // The wish may have become milder: it is the driver's to say.
+            if let Some(wish) = self.conditions.get_mut(&(row.reason, Origin::Recovery)) {
+                wish.words = row.words;
+            }
+        }
+        self.absorb();
+    }
+
+    pub(super) fn reset(&mut self, now: Duration, step: ResetStep, effects: &mut Vec<Effect>) {
+        match step {
+            ResetStep::Started => {
+                (self.resetting, self.reset_done, self.validated) = (Some(now), None, None);
+            }
+            ResetStep::Done => {
+                (self.resetting, self.reset_done) = (None, Some(now));
+                effects.push(Effect::Reread);
+            }
+            ResetStep::Failed => {
+                self.resetting = None;
+                self.fail(now, Action::ResetDevice, "reset failed");
+            }
+        }
+    }
+
+    pub(super) fn validate(&mut self, now: Duration, ok: bool, effects: &mut Vec<Effect>) {
+        if ok {
+            self.validated = Some(now);
+            self.come_back(now);
+            effects.push(Effect::Reread);
+            return;
+        }
+        self.validated = None;
+        let step = if self.reset_done.is_some() { Action::ResetDevice } else { Action::None };
+        self.fail(now, step, "validation failed");
+    }
+
+    /// One step up for every fault that the failed step was meant to end.
+    fn fail(&mut self, now: Duration, step: Action, how: &str) {
+        let mut worn = false;
+        for condition in self.conditions.values_mut().filter(|condition| condition.words.action != Action::None) {
+            let before = condition.words;
+            let failed = if step == Action::None { before.action } else { step };
+            let mut words = climb(catalog::RESET);
+            (words.scope, words.action) = (before.scope, next_step(failed).max(before.action));
+            if failed < Action::ResetDevice {
+                (words.health, words.admission) = (before.health, before.admission);
+            }
+            condition.words = before.worsened(words);
+            condition.phase = Phase::Active;
+            condition.evidence = format!("{}; {how}", condition.evidence);
+            worn |= condition.words.action == Action::ServiceHardware && before.action != Action::ServiceHardware;
+        }
+        if worn {
+            self.give_up(now, how);
+        }
+    }
+
+    /// Starts probation, once validation passed and the device's own values are good.
+    pub(super) fn come_back(&mut self, now: Duration) {
+        if self.resetting.is_some_and(|at| now.saturating_sub(at) > RESET_LIMIT) {
+            self.resetting = None;
+        }
+        let Some(validated) = self.validated.filter(|at| now.saturating_sub(*at) <= TRUST) else { return };
+        let Some(last) = &self.last else { return };
+        let fresh = self.reset_done.is_none_or(|done| last.begun >= done);
+        let good = !last.lost && last.blind().is_none() && !matches!(last.recovery.value(), Some(1 | 2 | 4));
+        if !fresh || !good || last.begun.saturating_add(TRUST) < validated || self.resetting.is_some() {
+            return;
+        }
+        self.validated = None;
+        let returning: Vec<_> = self
+            .conditions
+            .iter()
+            .filter(|(_, condition)| {
+                let probed = condition.clears == Clears::Probe
+                    || (condition.clears == Clears::ReadingHeld && condition.words.action == Action::RestartWorkload);
+                probed && !matches!(condition.phase, Phase::Probation(_))
+            })
+            .map(|(key, _)| *key)
+            .collect();
+        for key in returning {
+            let until = now.saturating_add(self.probation(now, key.0));
+            if let Some(condition) = self.conditions.get_mut(&key) {
+                condition.phase = Phase::Probation(until);
+                condition.words.admission = match condition.words.admission {
+                    Admission::Schedulable => Admission::Schedulable,
+                    Admission::Draining | Admission::Barred => Admission::Draining,
+                };
+                self.returned.insert(key.0, now);
+            }
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! The ledger of one node: facts in, transitions and notes out. Pure: every fact comes with its time.
+//!
+//! It alone says how a device is. It never waits, reads nothing, and does not know who reports.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
+
+use super::{
+    catalog::{self, Row, Treat},
+    condition::{Clears, Condition, Origin, Phase, WINDOW, Words, compose},
+    device::{Device, Effect},
+    fact::{DeviceInfo, Fact, Local, Subject, What},
+};
+
+/// Reports per subject within [`STORM_SPAN`]; the last state is said all the same, a little later.
+const STORM: usize = 2;
+/// See [`STORM`].
+const STORM_SPAN: Duration = Duration::from_secs(1);
+
+/// One thing that the agent says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// When.
+    pub at: Duration,
+    /// About what.
+    pub of: Subject,
+    /// It changes no state.
+    pub note: bool,
+    /// The five words: of the subject, or of the note.
+    pub state: DeviceState,
+    /// Codes, pids, links as printed.
+    pub evidence: String,
+}
+
+/// What follows from a fact.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// To be said, in order.
+    pub reports: Vec<Report>,
+    /// Devices whose deciding values must be read now.
+    pub reread: Vec<Local>,
+    /// Notes that a storm swallowed.
+    pub swallowed: u32,
+}
+
+/// What is said of one subject, and when it last was.
+#[derive(Clone, Debug, Default)]
+struct Said {
+    state: DeviceState,
+    evidence: String,
+    since: Duration,
+    recent: VecDeque<Duration>,
+}
+
+/// The state of one subject as it is said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The five words.
+    pub state: DeviceState,
+    /// Evidence of the worst condition.
+    pub evidence: String,
+    /// Since when the words hold.
+    pub since: Duration,
+}
+
+/// The ledger.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    devices: BTreeMap<Local, Device>,
+    node: BTreeMap<(Reason, Origin), Condition>,
+    said: BTreeMap<Subject, Said>,
+    switch_fault: Option<Duration>,
+    strangers: BTreeMap<Local, Duration>,
+    started: bool,
+}
+
+impl Ledger {
+    /// A ledger that takes facts as history until [`Self::start`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes one fact at `now`.
+    pub fn take(&mut self, now: Duration, fact: &Fact) -> Outcome {
+        let mut outcome = Outcome::default();
+        match &fact.of {
+            Subject::Node => self.take_node(now, &fact.what, &mut outcome),
+            Subject::Device(local) => self.take_device(now, local, &fact.what, &mut outcome),
+        }
+        self.say(now, &mut outcome);
+        outcome
+    }
+
+    /// Lets time pass.
+    pub fn tick(&mut self, now: Duration) -> Outcome {
+        let mut outcome = Outcome::default();
+        for local in self.devices.keys().cloned().collect::<Vec<_>>() {
+            let mut effects = Vec::new();
+            if let Some(device) = self.devices.get_mut(&local) {
+                device.tick(now, &mut effects);
+            }
+            self.follow(now, &local, effects, &mut outcome);
+        }
+        self.say(now, &mut outcome);
+        outcome
+    }
+
+    /// When [`Self::tick`] has something to do.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Duration> {
+        let silent = self.said.iter().filter_map(|(of, said)| {
+            let behind = self.state_of(of).0 != said.state;
+            behind.then(|| said.recent.front().map(|at| at.saturating_add(STORM_SPAN))).flatten()
+        });
+        let deadline = self.devices.values().filter_map(Device::deadline).chain(silent).min();
+        deadline.filter(|_| self.started)
+    }
+
+    /// The past is read and every device was asked: from now on what changes is said. Answers what is so.
+    pub fn start(&mut self, now: Duration) -> Vec<Report> {
+        self.started = true;
+        self.devices.retain(|_, device| {
+            device.settle();
+            // Addresses from old lines that no library and no kernel list any more.
+            device.info.is_some() || device.state().0 != DeviceState::HEALTHY
+        });
+        let subjects = std::iter::once(Subject::Node).chain(self.devices.keys().cloned().map(Subject::Device));
+        let reports: Vec<Report> = subjects
+            .map(|of| {
+                let (state, evidence) = self.state_of(&of);
+                Report { at: now, of, note: false, state, evidence }
+            })
+            .collect();
+        for Report { of, state, evidence, .. } in &reports {
+            let said = Said { state: *state, evidence: evidence.clone(), since: now, recent: VecDeque::new() };
+            self.said.insert(of.clone(), said);
+        }
+        reports
+    }
+
+    /// How a subject stands, as it was last said.
+    #[must_use]
+    pub fn standing(&self, of: &Subject) -> Standing {
+        self.said
+            .get(of)
+            .map_or(Standing { state: DeviceState::HEALTHY, evidence: String::new(), since: Duration::ZERO }, |said| {
+                Standing { state: said.state, evidence: said.evidence.clone(), since: said.since }
+            })
+    }
+
+    /// Every device, with what is known of it.
+    pub fn devices(&self) -> impl Iterator<Item = (&Local, Option<&DeviceInfo>)> {
+        self.devices.iter().map(|(local, device)| (local, device.info.as_ref()))
+    }
+
+    fn take_device(&mut self, now: Duration, local: &Local, what: &What, outcome: &mut Outcome) {
+        let ours = self.devices.contains_key(local);
+        let introduces = matches!(what, What::Listed(_) | What::Unspoken(_) | What::BusLoss(_));
+        if !ours && !introduces && self.started {
+            return self.stranger(now, local, what, outcome);
+        }
+        if let What::Xid(xid) = what
+            && let Treat::Node(row) = catalog::treat(xid.number)
+        {
+            return self.node_condition(now, row, &format!("{}, {local}", xid.evidence()));
+        }
+        let fresh = !self.started;
+        let device = self.devices.entry(local.clone()).or_insert_with(|| Device::new(fresh));
+        let mut effects = Vec::new();
+        device.take(now, what, &mut effects);
+        self.follow(now, local, effects, outcome);
+    }
+
+    /// A fault at an address that is no device of ours: the node says so once a minute.
+    fn stranger(&mut self, now: Duration, local: &Local, what: &What, outcome: &mut Outcome) {
+        let evidence = match what {
+            What::Xid(xid) => format!("{}, {local}: no device of this node", xid.evidence()),
+            What::Recovery(value) => format!("Xid 154, recovery action {value:?}, {local}: no device of this node"),
+            _ => return,
+        };
+        self.strangers.retain(|_, at| now.saturating_sub(*at) <= WINDOW);
+        if self.strangers.insert(local.clone(), now).is_none() {
+            self.note(now, &Subject::Node, Reason::UnknownFault, Action::None, Scope::Node, evidence, outcome);
+        }
+    }
+
+    fn take_node(&mut self, now: Duration, what: &What, outcome: &mut Outcome) {
+        let words = |health, admission| Words::new(health, admission, Action::None, Scope::Node);
+        match what {
+            What::NoLibrary { why } => {
+                let words = words(Health::Unknown, Admission::Barred);
+                self.node_condition(now, Row { reason: Reason::AgentBlind, words, clears: Clears::Reading }, why);
+            }
+            What::Library => {
+                self.node.remove(&(Reason::AgentBlind, Origin::Vendor));
+            }
+            What::Count { listed, expected } if listed != expected => {
+                let row = Row {
+                    reason: Reason::CountMismatch,
+                    words: words(Health::Degraded, Admission::Schedulable),
+                    clears: Clears::Reading,
+                };
+                self.node_condition(now, row, &format!("{listed} devices listed, {expected} expected"));
+            }
+            What::Count { .. } => {
+                self.node.remove(&(Reason::CountMismatch, Origin::Vendor));
+            }
+            What::Switch { fatal, text } => self.switch(now, *fatal, text, outcome),
+            _ => {}
+        }
+    }
+
+    /// One fault of a switch is one note, whatever it prints within a minute.
+    fn switch(&mut self, now: Duration, fatal: bool, text: &str, outcome: &mut Outcome) {
+        let open = self.switch_fault.is_some_and(|at| now.saturating_sub(at) <= WINDOW);
+        if !self.started || !fatal {
+            return;
+        }
+        self.switch_fault = Some(now);
+        if !open {
+            let evidence = text.to_owned();
+            self.note(now, &Subject::Node, Reason::FabricLinkDown, Action::None, Scope::Node, evidence, outcome);
+        }
+    }
+
+    fn node_condition(&mut self, now: Duration, row: Row, evidence: &str) {
+        let Row { reason, words, clears } = row;
+        let fresh = Condition {
+            words,
+            evidence: evidence.to_owned(),
+            since: now,
+            last: now,
+            clears,
+            phase: Phase::Active,
+            count: 1,
+            old: false,
+        };
+        self.node.entry((reason, Origin::Vendor)).or_insert(fresh).last = now;
+    }
+
+    fn follow(&mut self, now: Duration, local: &Local, effects: Vec<Effect>, outcome: &mut Outcome) {
+        let of = Subject::Device(local.clone());
+        for effect in effects {
+            match effect {
+                Effect::Reread => {
+                    if !outcome.reread.contains(local) {
+                        outcome.reread.push(local.clone());
+                    }
+                }
+                Effect::Note { reason, action, scope, evidence } => {
+                    self.note(now, &of, reason, action, scope, evidence, outcome);
+                }
+                Effect::FabricNote(evidence) => {
+                    let switch = self.switch_fault.is_some_and(|at| now.saturating_sub(at) <= WINDOW);
+                    if !switch && !self.devices.values().any(|device| device.fabric_fault(now)) {
+                        self.note(now, &of, Reason::FabricLinkDown, Action::None, Scope::Device, evidence, outcome);
+                    }
+                }
+                Effect::Suspect => {
+                    let others = self.devices.iter().filter(|(other, _)| *other != local);
+                    if !others.into_iter().any(|(_, device)| device.programs_fail(now))
+                        && let Some(device) = self.devices.get_mut(local)
+                    {
+                        device.suspect(now);
+                    }
+                }
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a note is these words")]
+    fn note(
+        &mut self,
+        now: Duration,
+        of: &Subject,
+        reason: Reason,
+        action: Action,
+        scope: Scope,
+        evidence: String,
+        outcome: &mut Outcome,
+    ) {
+        if !self.started {
+            return;
+        }
+        let (state, _) = self.state_of(of);
+        let said = self.said.entry(of.clone()).or_default();
+        if !said.may(now) {
+            outcome.swallowed = outcome.swallowed.saturating_add(1);
+            return;
+        }
+        said.recent.push_back(now);
+        let state = DeviceState { action, scope: Some(scope), reason: Some(reason), ..state };
+        outcome.reports.push(Report { at: now, of: of.clone(), note: true, state, evidence });
+    }
+
+    /// Says every change that may be said now.
+    fn say(&mut self, now: Duration, outcome: &mut Outcome) {
+        if !self.started {
+            return;
+        }
+        let subjects = std::iter::once(Subject::Node).chain(self.devices.keys().cloned().map(Subject::Device));
+        for of in subjects.collect::<Vec<_>>() {
+            let (state, evidence) = self.state_of(&of);
+            let said = self.said.entry(of.clone()).or_default();
+            if said.state == state {
+                said.evidence = evidence;
+                continue;
+            }
+            // A state that bars is never held back.
+            if !said.may(now) && state.admission <= said.state.admission {
+                continue;
+            }
+            said.recent.push_back(now);
+            (said.state, said.evidence, said.since) = (state, evidence.clone(), now);
+            outcome.reports.push(Report { at: now, of, note: false, state, evidence });
+        }
+    }
+
+    fn state_of(&self, of: &Subject) -> (DeviceState, String) {
+        match of {
+            Subject::Node => compose(self.node.iter().map(|((reason, _), condition)| (*reason, condition))),
+            Subject::Device(local) => self.devices.get(local).map(Device::state).unwrap_or_default(),
+        }
+    }
+}
+
+impl Said {
+    fn may(&mut self, now: Duration) -> bool {
+        self.recent.retain(|at| now.saturating_sub(*at) < STORM_SPAN);
+        self.recent.len() < STORM
+    }
+}

@@ -1,0 +1,14 @@
+//! From what is observed to what is said of a device: facts in, transitions and notes out.
+//!
+//! Detectors give facts, the ledger alone decides. Words and rules: the health vocabulary.
+
+pub mod catalog;
+pub mod condition;
+pub mod device;
+pub mod fact;
+pub mod kmsg;
+pub mod ledger;
+pub mod log;
+pub mod nvlink;
+pub mod nvrm;
+pub mod tail;

@@ -1,0 +1,230 @@
+//! The keeper of the ledger: takes facts from the detectors as they come, lets time pass, and shows what
+//! is so to whoever watches. The only task that touches the ledger.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use berth_runtime::{Clock, clock::InFlight};
+use berth_types::Admission;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    health::{
+        fact::{DeviceInfo, Local, Subject, What},
+        ledger::{Ledger, Outcome, Report, Standing},
+    },
+    metrics::Metrics,
+    vendor::{Bells, Seen},
+};
+
+/// A detector that has not settled by then is not waited for.
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+/// Notes kept for those who connect late.
+const NOTES: usize = 32;
+
+/// One device as it is shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// What it is.
+    pub info: DeviceInfo,
+    /// How it stands.
+    pub standing: Standing,
+}
+
+/// What is so on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Rises with every report; with the boot id it orders the reports of this node.
+    pub sequence: u64,
+    /// Every device.
+    pub devices: BTreeMap<Local, Shown>,
+    /// The node's own entry.
+    pub node: Standing,
+    /// The last notes, with the sequence each came with.
+    pub notes: VecDeque<(u64, Report)>,
+}
+
+/// The keeper.
+#[derive(Debug)]
+pub struct Keeper {
+    /// Time.
+    pub clock: Clock,
+    /// Facts as they come.
+    pub facts: mpsc::Receiver<(Seen, Option<InFlight>)>,
+    /// Rung where values must be read.
+    pub bells: Bells,
+    /// Detectors that must settle before anything is said.
+    pub detectors: BTreeSet<&'static str>,
+    /// Counts.
+    pub metrics: Metrics,
+    /// Every report as it is said, for the node lab.
+    pub observer: Option<mpsc::UnboundedSender<Report>>,
+}
+
+impl Keeper {
+    /// Keeps the ledger until `stop` is cancelled. Shows nothing until every detector has settled.
+    pub async fn run(mut self, shown: watch::Sender<Option<Arc<Snapshot>>>, stop: CancellationToken) {
+        let mut ledger = Ledger::new();
+        let mut board = Board { shown, sequence: 0, notes: VecDeque::new() };
+        let settle_by = self.clock.now().saturating_add(SETTLE_LIMIT);
+        let mut started = false;
+        loop {
+            let wake = if started { ledger.deadline() } else { Some(settle_by) };
+            let wake = wake.unwrap_or(Duration::MAX);
+            // Cancel-safe: `recv` loses nothing, the others only wait.
+            let (outcome, guard) = tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                seen = self.facts.recv() => match seen {
+                    Some((seen, guard)) => (self.take(&mut ledger, seen), guard),
+                    None => return,
+                },
+                () = self.clock.sleep_until(wake) => {
+                    if !started {
+                        tracing::warn!(detectors = ?self.detectors, "not settled: started without");
+                        self.detectors.clear();
+                    }
+                    (ledger.tick(self.clock.now()), None)
+                }
+            };
+            if !started && self.detectors.is_empty() {
+                started = true;
+                let reports = ledger.start(self.clock.now());
+                self.tell(&reports);
+                board.show(&ledger, &[]);
+            }
+            self.follow(&outcome);
+            if started && !outcome.reports.is_empty() {
+                self.tell(&outcome.reports);
+                board.show(&ledger, &outcome.reports);
+                self.count(&ledger);
+            }
+            drop(guard);
+        }
+    }
+
+    fn take(&mut self, ledger: &mut Ledger, seen: Seen) -> Outcome {
+        match seen {
+            Seen::Fact(fact) => {
+                self.metrics.facts.get_or_create(&vec![("kind", kind(&fact.what).to_owned())]).inc();
+                ledger.take(self.clock.now(), &fact)
+            }
+            Seen::Settled(detector) => {
+                self.detectors.remove(detector);
+                Outcome::default()
+            }
+            Seen::LogLost => {
+                self.bells.ring_all();
+                Outcome::default()
+            }
+        }
+    }
+
+    fn follow(&self, outcome: &Outcome) {
+        outcome.reread.iter().for_each(|local| self.bells.ring(local));
+        self.metrics.swallowed.inc_by(u64::from(outcome.swallowed));
+    }
+
+    fn tell(&self, reports: &[Report]) {
+        for report in reports {
+            let Report { of, note, state, evidence, .. } = report;
+            let device = match of {
+                Subject::Node => "node",
+                Subject::Device(local) => local.as_str(),
+            };
+            let label = vec![("reason", state.reason.map_or("none", |reason| reason.as_str()).to_owned())];
+            if *note {
+                self.metrics.notes.get_or_create(&label).inc();
+                tracing::info!(device, reason = ?state.reason, evidence, "health note");
+            } else {
+                self.metrics.transitions.get_or_create(&label).inc();
+                tracing::info!(
+                    device,
+                    health = %state.health,
+                    admission = %state.admission,
+                    action = %state.action,
+                    reason = ?state.reason,
+                    evidence,
+                    "health"
+                );
+            }
+            if let Some(observer) = &self.observer {
+                let _ = observer.send(report.clone());
+            }
+        }
+    }
+
+    fn count(&self, ledger: &Ledger) {
+        let mut counts: BTreeMap<Admission, i64> = Admission::ALL.iter().map(|word| (*word, 0)).collect();
+        for (local, _) in ledger.devices() {
+            let standing = ledger.standing(&Subject::Device(local.clone()));
+            *counts.entry(standing.state.admission).or_default() += 1;
+        }
+        for (admission, count) in counts {
+            self.metrics.devices.get_or_create(&vec![("admission", admission.to_string())]).set(count);
+        }
+    }
+}
+
+fn kind(what: &What) -> &'static str {
+    match what {
+        What::Listed(_) | What::Unspoken(_) => "device",
+        What::Xid(_) => "xid",
+        What::Recovery(_) => "recovery",
+        What::BusLoss(_) => "bus_loss",
+        What::Switch { .. } => "switch",
+        What::Event(_) => "event",
+        What::Reading(_) => "reading",
+        What::NoLibrary { .. } | What::Library => "library",
+        What::Count { .. } => "count",
+        What::Reset(_) | What::Validated(_) => "reset",
+        What::WorkerDied(_) | What::WorkerStuck(_) => "worker",
+    }
+}
+
+struct Board {
+    shown: watch::Sender<Option<Arc<Snapshot>>>,
+    sequence: u64,
+    notes: VecDeque<(u64, Report)>,
+}
+
+impl Board {
+    fn show(&mut self, ledger: &Ledger, reports: &[Report]) {
+        self.sequence = self.sequence.saturating_add(1);
+        for report in reports.iter().filter(|report| report.note) {
+            self.notes.push_back((self.sequence, report.clone()));
+        }
+        while self.notes.len() > NOTES {
+            self.notes.pop_front();
+        }
+        let devices = ledger.devices().map(|(local, info)| {
+            let standing = ledger.standing(&Subject::Device(local.clone()));
+            let info = info.cloned().unwrap_or_else(|| unknown(local));
+            (local.clone(), Shown { info, standing })
+        });
+        let snapshot = Snapshot {
+            sequence: self.sequence,
+            devices: devices.collect(),
+            node: ledger.standing(&Subject::Node),
+            notes: self.notes.clone(),
+        };
+        self.shown.send_replace(Some(Arc::new(snapshot)));
+    }
+}
+
+/// A device that only a line of the kernel log named.
+fn unknown(local: &str) -> DeviceInfo {
+    DeviceInfo {
+        local: local.to_owned(),
+        vendor: berth_types::Vendor::Nvidia,
+        product: String::new(),
+        uuid: String::new(),
+        memory_bytes: 0,
+        interconnect_domain: None,
+        card: local.to_owned(),
+    }
+}

@@ -1,0 +1,297 @@
+//! The node's own AcceleratorNode: made if it is absent, its status written on transitions, its spec read.
+//!
+//! Writes are coalesced, jittered and rate-limited: the object serves people and the operator, the stream
+//! serves the scheduler. It never writes the spec, nor the `Reachable` condition, nor by force.
+
+use std::{sync::Arc, time::Duration};
+
+use berth_crds::{
+    AcceleratorNode, AcceleratorNodeSpec, AcceleratorNodeStatus,
+    accelerator_node::NodeSummary,
+    conditions::{self, ConditionType},
+};
+use berth_runtime::{Clock, clock::Elapsed};
+use berth_types::{Action, Admission, Health, NodeName};
+use futures::{StreamExt, TryStreamExt};
+use jiff::Timestamp;
+use k8s_openapi::{api::core::v1::Node, apimachinery::pkg::apis::meta::v1::Condition};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{ObjectMeta, Patch, PatchParams, PostParams},
+    runtime::{
+        WatchStreamExt,
+        watcher::{self, Event},
+    },
+};
+use rand::Rng;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{metrics::Metrics, orders::Wanted, published::Published, workers::View};
+
+/// Field manager of everything written here.
+const MANAGER: &str = "berth-agent";
+/// Changes within this are written together; up to as much again is added at random.
+const COALESCE: Duration = Duration::from_millis(250);
+/// Between two writes.
+const PACE: Duration = Duration::from_secs(1);
+/// One answer of the API server.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// Longest pause after a write that failed.
+const RETRY_MOST: Duration = Duration::from_secs(30);
+
+/// Why the object could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum StatusError {
+    /// The API server did not answer in time.
+    #[error("the API server gave {0}")]
+    Elapsed(#[from] Elapsed),
+    /// The API server refused, or was not reached.
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+}
+
+/// Keeps the object.
+pub struct NodeStatus {
+    /// Time.
+    pub clock: Clock,
+    /// The API server.
+    pub client: Client,
+    /// This node.
+    pub node: NodeName,
+    /// What is said of health.
+    pub published: watch::Receiver<Option<Arc<Published>>>,
+    /// What the workers do.
+    pub workers: watch::Receiver<View>,
+    /// Where the operator's will goes.
+    pub wanted: watch::Sender<Wanted>,
+    /// Counts.
+    pub metrics: Metrics,
+}
+
+impl std::fmt::Debug for NodeStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "NodeStatus({})", self.node)
+    }
+}
+
+/// Reads the Node itself.
+///
+/// # Errors
+/// [`StatusError`].
+pub async fn read_node(client: &Client, clock: &Clock, node: &NodeName) -> Result<Node, StatusError> {
+    let api: Api<Node> = Api::all(client.clone());
+    Ok(clock.timeout(CALL_LIMIT, api.get(node.as_str())).await??)
+}
+
+/// How many devices the node's labels promise, by GPU feature discovery's label.
+#[must_use]
+pub fn expected_devices(node: &Node) -> Option<usize> {
+    node.labels().get("nvidia.com/gpu.count")?.parse().ok()
+}
+
+impl NodeStatus {
+    /// Keeps the object until `stop` is cancelled.
+    pub async fn run(self, stop: CancellationToken) {
+        let api: Api<AcceleratorNode> = Api::all(self.client.clone());
+        let (seen, known) = watch::channel(None);
+        // Cancel-safe: a write that is dropped is written again by the next agent; a watch only looks.
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.watch(&api, &seen) => {}
+            () = self.write(&api, known) => {}
+        }
+    }
+
+    /// Follows the object: its spec is the operator's will.
+    async fn watch(&self, api: &Api<AcceleratorNode>, seen: &watch::Sender<Option<AcceleratorNode>>) {
+        let config = watcher::Config::default().fields(&format!("metadata.name={}", self.node));
+        let mut events = watcher::watcher(api.clone(), config).default_backoff().boxed();
+        loop {
+            match events.try_next().await {
+                Ok(Some(Event::Apply(object) | Event::InitApply(object))) => {
+                    let wanted = Wanted::from_spec(&object.spec, object.metadata.generation);
+                    self.wanted.send_if_modified(|current| {
+                        let changed = *current != wanted;
+                        if changed {
+                            *current = wanted;
+                        }
+                        changed
+                    });
+                    seen.send_replace(Some(object));
+                }
+                Ok(Some(Event::Delete(_))) => {
+                    seen.send_replace(None);
+                    self.wanted.send_replace(Wanted::default());
+                }
+                Ok(Some(Event::Init | Event::InitDone)) => {}
+                Ok(None) => return,
+                Err(error) => tracing::warn!(%error, "watching the AcceleratorNode"),
+            }
+        }
+    }
+
+    async fn write(&self, api: &Api<AcceleratorNode>, mut known: watch::Receiver<Option<AcceleratorNode>>) {
+        let (mut published, mut workers) = (self.published.clone(), self.workers.clone());
+        let mut last: Option<AcceleratorNodeStatus> = None;
+        let mut retry = PACE;
+        loop {
+            let jitter = COALESCE.mul_f64(rand::rng().random_range(1.0..2.0));
+            self.clock.sleep(jitter).await;
+            let now = published.borrow_and_update().clone();
+            let view = workers.borrow_and_update().clone();
+            let object = known.borrow_and_update().clone();
+            let outcome = match now {
+                Some(now) => {
+                    let status = self.status(&now, &view, last.as_ref(), object.as_ref());
+                    let gone = object.is_none();
+                    if last.as_ref() == Some(&status) && !gone {
+                        Ok(())
+                    } else {
+                        let written = self.put(api, &status, gone).await;
+                        if written.is_ok() {
+                            last = Some(status);
+                        }
+                        written
+                    }
+                }
+                None => Ok(()),
+            };
+            let pause = match outcome {
+                Ok(()) => {
+                    retry = PACE;
+                    PACE
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "writing the AcceleratorNode");
+                    retry = retry.saturating_mul(2).min(RETRY_MOST);
+                    retry.mul_f64(rand::rng().random_range(0.5..1.0))
+                }
+            };
+            self.clock.sleep(pause).await;
+            let failed = retry > PACE;
+            // Cancel-safe: all arms only look. What failed is tried again without a change.
+            tokio::select! {
+                () = std::future::ready(()), if failed => {}
+                changed = published.changed() => if changed.is_err() { return },
+                changed = workers.changed() => if changed.is_err() { return },
+                changed = known.wait_for(Option::is_none), if object.is_some() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    async fn put(
+        &self,
+        api: &Api<AcceleratorNode>,
+        status: &AcceleratorNodeStatus,
+        gone: bool,
+    ) -> Result<(), StatusError> {
+        if gone {
+            self.create(api).await?;
+        }
+        let patch = Patch::Apply(serde_json::json!({
+            "apiVersion": AcceleratorNode::api_version(&()),
+            "kind": AcceleratorNode::kind(&()),
+            "metadata": {"name": self.node.as_str()},
+            "status": status,
+        }));
+        let params = PatchParams::apply(MANAGER);
+        let write = api.patch_status(self.node.as_str(), &params, &patch);
+        let written = self.clock.timeout(CALL_LIMIT, write).await;
+        let label = if matches!(written, Ok(Ok(_))) { "written" } else { "failed" };
+        self.metrics.status_writes.get_or_create(&vec![("outcome", label.to_owned())]).inc();
+        written??;
+        Ok(())
+    }
+
+    /// Makes the object, owned by the Node so that it goes with it; its spec is the operator's to fill.
+    async fn create(&self, api: &Api<AcceleratorNode>) -> Result<(), StatusError> {
+        let node = read_node(&self.client, &self.clock, &self.node).await?;
+        let object = AcceleratorNode {
+            metadata: ObjectMeta {
+                name: Some(self.node.to_string()),
+                owner_references: node.owner_ref(&()).map(|owner| vec![owner]),
+                ..ObjectMeta::default()
+            },
+            spec: AcceleratorNodeSpec::default(),
+            status: None,
+        };
+        let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+        match self.clock.timeout(CALL_LIMIT, api.create(&params, &object)).await? {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn status(
+        &self,
+        now: &Published,
+        view: &View,
+        last: Option<&AcceleratorNodeStatus>,
+        object: Option<&AcceleratorNode>,
+    ) -> AcceleratorNodeStatus {
+        let before = last.or(object.and_then(|object| object.status.as_ref()));
+        let ours = |condition: &&Condition| condition.type_ == ConditionType::Ready.as_str();
+        let before: Vec<Condition> =
+            before.map(|status| status.conditions.iter().filter(ours).cloned().collect()).unwrap_or_default();
+        let blind = now.node.state.health >= Health::Unknown;
+        let ready = conditions::Wanted {
+            kind: ConditionType::Ready,
+            status: Some(!blind),
+            reason: if blind { "AgentBlind" } else { "Watching" },
+            message: if blind {
+                now.node.evidence.clone()
+            } else {
+                format!("{} devices are watched", now.devices.len())
+            },
+        };
+        let time = i64::try_from(self.clock.unix_ms()).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
+        AcceleratorNodeStatus {
+            observed_generation: now.wanted.generation,
+            boot_id: now.boot_id.clone(),
+            sequence: now.sequence,
+            agent: env!("CARGO_PKG_VERSION").to_owned(),
+            node: Some(now.node_health()),
+            devices: now.device_status(|local| view.word(local)),
+            summary: summary(now),
+            conditions: conditions::merge(
+                &before,
+                &[ready],
+                now.wanted.generation,
+                time.unwrap_or(Timestamp::UNIX_EPOCH),
+            ),
+        }
+    }
+}
+
+fn summary(now: &Published) -> NodeSummary {
+    let count = |matching: &dyn Fn(&crate::published::Device) -> bool| {
+        u32::try_from(now.devices.iter().filter(|device| matching(device)).count()).unwrap_or(u32::MAX)
+    };
+    let joined = |values: Vec<String>| {
+        let mut values: Vec<String> = values.into_iter().filter(|value| !value.is_empty()).collect();
+        values.sort_unstable();
+        values.dedup();
+        values.join(",")
+    };
+    let action = now.devices.iter().map(|device| device.standing.state.action).max().unwrap_or(Action::None);
+    let worst = now.devices.iter().max_by_key(|device| {
+        let state = device.standing.state;
+        (state.health, state.admission, state.action)
+    });
+    NodeSummary {
+        vendor: now.vendors().iter().map(|vendor| vendor.as_str()).collect::<Vec<_>>().join(","),
+        product: joined(now.devices.iter().map(|device| device.info.product.clone()).collect()),
+        devices: count(&|_| true),
+        healthy: count(&|device| device.standing.state.health == Health::Healthy),
+        schedulable: count(&|device| device.standing.state.admission == Admission::Schedulable),
+        action: action.max(now.node.state.action).to_string(),
+        reason: worst
+            .and_then(|device| device.standing.state.reason)
+            .or(now.node.state.reason)
+            .map(|reason| reason.to_string())
+            .unwrap_or_default(),
+        domain: joined(now.devices.iter().filter_map(|device| device.info.interconnect_domain.clone()).collect()),
+    }
+}

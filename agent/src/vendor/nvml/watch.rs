@@ -1,0 +1,310 @@
+//! Watches NVIDIA devices: opens the library, lists devices, waits for events, reads values. Gives facts
+//! and nothing else.
+//!
+//! Each device has its own lane and its own loop, the event set its own thread: no device waits for
+//! another, and nothing waits for a library that hangs.
+
+use std::{ffi::OsString, sync::Arc, time::Duration};
+
+use berth_runtime::Clock;
+use berth_types::Vendor;
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Events, Nvml, OpenError, Slate, Target, Waited, library_path};
+use crate::{
+    health::fact::{DeviceInfo, Fact, PciAddress, Reading, Source, What, Xid},
+    vendor::{
+        Bells, Facts, Seen,
+        lane::{self, Lane, LaneError},
+    },
+};
+
+/// Name of this detector.
+pub const NAME: &str = "nvml";
+/// One read has so long.
+const READ_LIMIT: Duration = Duration::from_secs(1);
+/// Opening and listing has so long; a cold driver may load firmware.
+const OPEN_LIMIT: Duration = Duration::from_secs(20);
+/// A library that is missing or refuses is tried again after this.
+const REOPEN: Duration = Duration::from_secs(30);
+/// Between two readings of a device.
+const POLL: Duration = Duration::from_millis(4500);
+/// Between two readings that were asked for.
+const GAP: Duration = Duration::from_millis(50);
+/// A value whose read hung is left out for so long.
+const LEAVE_OUT: Duration = Duration::from_secs(60);
+/// The event thread looks up so often.
+const EVENT_WAIT_MS: u32 = 5000;
+
+/// What the watch is told.
+#[derive(Clone, Debug)]
+pub struct WatchConfig {
+    /// The library; `None` = by its usual name.
+    pub library: Option<OsString>,
+    /// NVIDIA devices that the kernel lists.
+    pub kernel_lists: Vec<PciAddress>,
+    /// Devices that the node should have.
+    pub expected: Option<usize>,
+}
+
+/// The watch.
+#[derive(Debug)]
+pub struct Watch {
+    config: WatchConfig,
+    clock: Clock,
+    facts: Facts,
+    bells: Bells,
+}
+
+impl Watch {
+    /// A watch that tells `facts` and listens to `bells`.
+    #[must_use]
+    pub fn new(config: WatchConfig, clock: Clock, facts: Facts, bells: Bells) -> Self {
+        Self { config, clock, facts, bells }
+    }
+
+    /// Watches until `stop` is cancelled.
+    pub async fn run(self, stop: CancellationToken) {
+        // Cancel-safe: facts are sent whole, and calls in hand are left to their threads.
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.watch() => {}
+        }
+    }
+
+    async fn watch(&self) {
+        let mut lane = Lane::new("nvml", self.clock.clone());
+        let (library, targets) = self.open(&mut lane).await;
+        let driver = library.driver().unwrap_or_default();
+        tracing::info!(driver, devices = targets.len(), "NVIDIA library opened");
+        self.introduce(&targets).await;
+        self.listen(&mut lane, &library, &targets).await;
+        let (first, mut firsts) = mpsc::channel(1);
+        let mut loops = JoinSet::new();
+        for target in targets {
+            let bell = self.bells.of(&target.info.local);
+            let (clock, facts, library, first) =
+                (self.clock.clone(), self.facts.clone(), Arc::clone(&library), first.clone());
+            loops.spawn(Poller { clock, facts, library, target, bell }.run(first));
+        }
+        drop(first);
+        let settled = async {
+            // Each poller lets go of its end after its first reading.
+            while firsts.recv().await.is_some() {}
+            self.facts.send(Seen::Settled(NAME), None).await;
+            std::future::pending::<()>().await;
+        };
+        // A poller never ends by itself; a panic in one must not go unnoticed.
+        tokio::select! {
+            () = settled => {}
+            Some(ended) = loops.join_next() => {
+                if let Err(error) = ended
+                    && let Ok(panic) = error.try_into_panic()
+                {
+                    std::panic::resume_unwind(panic);
+                }
+            }
+        }
+    }
+
+    /// Opens the library and lists its devices, as often as it takes; tells once why it cannot.
+    async fn open(&self, lane: &mut Lane) -> (Arc<Nvml>, Vec<Target>) {
+        let mut told = false;
+        loop {
+            let path = library_path(self.config.library.as_deref());
+            let opened = lane.call(OPEN_LIMIT, Duration::default, move || {
+                let library = Nvml::open(&path)?;
+                let targets = library.list();
+                Ok::<_, OpenError>((library, targets))
+            });
+            let why = match opened.await {
+                Ok(Ok((library, Ok(targets)))) => {
+                    if told {
+                        self.tell_all(|| What::Library).await;
+                    }
+                    return (Arc::new(library), targets);
+                }
+                Ok(Ok((_, Err(code)))) => format!("libnvidia-ml: nvmlDeviceGetCount_v2 answers {code}"),
+                Ok(Err(error)) => error.to_string(),
+                Err(missed @ (LaneError::Missed(_) | LaneError::Exhausted | LaneError::Broken)) => {
+                    format!("libnvidia-ml: opening: {missed}")
+                }
+            };
+            if !told {
+                told = true;
+                tracing::warn!(why, "NVIDIA library cannot be used: this node hosts nothing");
+                for address in &self.config.kernel_lists {
+                    let info = unspoken(*address);
+                    self.facts.send(Seen::Fact(Fact::device(address.to_string(), What::Unspoken(info))), None).await;
+                }
+                self.tell_all(|| What::NoLibrary { why: why.clone() }).await;
+                self.facts.send(Seen::Settled(NAME), None).await;
+            }
+            self.clock.sleep(REOPEN).await;
+        }
+    }
+
+    /// Tells the node and every device that the kernel lists.
+    async fn tell_all(&self, what: impl Fn() -> What) {
+        self.facts.send(Seen::Fact(Fact::node(what())), None).await;
+        for address in &self.config.kernel_lists {
+            self.facts.send(Seen::Fact(Fact::device(address.to_string(), what())), None).await;
+        }
+    }
+
+    async fn introduce(&self, targets: &[Target]) {
+        for target in targets {
+            let fact = Fact::device(target.info.local.clone(), What::Listed(target.info.clone()));
+            self.facts.send(Seen::Fact(fact), None).await;
+        }
+        let listed = |address: &PciAddress| targets.iter().any(|target| target.info.local == address.to_string());
+        for address in self.config.kernel_lists.iter().filter(|address| !listed(address)) {
+            let local = address.to_string();
+            let info = unspoken(*address);
+            self.facts.send(Seen::Fact(Fact::device(local.clone(), What::Unspoken(info))), None).await;
+            let lost = What::BusLoss("listed by the kernel, not by NVML".to_owned());
+            self.facts.send(Seen::Fact(Fact::device(local, lost)), None).await;
+        }
+        if let Some(expected) = self.config.expected {
+            let count = What::Count { listed: targets.len(), expected };
+            self.facts.send(Seen::Fact(Fact::node(count)), None).await;
+        }
+    }
+
+    /// Starts the event thread. Without events, polling alone goes on.
+    async fn listen(&self, lane: &mut Lane, library: &Arc<Nvml>, targets: &[Target]) {
+        let (library, all) = (Arc::clone(library), targets.to_vec());
+        let events = match lane.call(OPEN_LIMIT, Duration::default, move || library.events(&all)).await {
+            Ok(Ok(events)) => events,
+            Ok(Err(code)) => return tracing::warn!(code, "NVML has no events: polling only"),
+            Err(error) => return tracing::warn!(%error, "registering for NVML events: polling only"),
+        };
+        let locals = targets.iter().map(|target| target.info.local.clone()).collect();
+        let (clock, facts, bells) = (self.clock.clone(), self.facts.clone(), self.bells.clone());
+        let listener = Listener { clock, facts, bells, locals };
+        // The thread ends with the process: it may be inside the library for seconds.
+        let started = std::thread::Builder::new().name("nvml events".to_owned()).spawn(move || listener.run(&events));
+        if let Err(error) = started {
+            tracing::warn!(%error, "no thread for NVML events: polling only");
+        }
+    }
+}
+
+fn unspoken(address: PciAddress) -> DeviceInfo {
+    let local = address.to_string();
+    DeviceInfo {
+        card: local.clone(),
+        local,
+        vendor: Vendor::Nvidia,
+        product: String::new(),
+        uuid: String::new(),
+        memory_bytes: 0,
+        interconnect_domain: None,
+    }
+}
+
+struct Listener {
+    clock: Clock,
+    facts: Facts,
+    bells: Bells,
+    locals: Vec<String>,
+}
+
+impl Listener {
+    fn run(self, events: &Events) {
+        loop {
+            let waited = events.wait(EVENT_WAIT_MS);
+            // A double that keeps discrete time hands its guard over; a real library has none.
+            let guard = lane::carried().unwrap_or_else(|| self.clock.in_flight());
+            let fact = match waited {
+                Waited::Event(event) => self.locals.get(event.target).map(|local| fact_of(local, &event)),
+                Waited::Nothing => None,
+                Waited::Refused(code) => {
+                    tracing::warn!(code, "waiting for NVML events");
+                    // A lost device can be what the refusal means.
+                    self.bells.ring_all();
+                    guard.block_until(self.clock.now().saturating_add(READ_LIMIT));
+                    None
+                }
+            };
+            let listened = match fact {
+                Some(fact) => self.facts.send_blocking(Seen::Fact(fact), Some(guard)),
+                None => !self.facts.0.is_closed(),
+            };
+            if !listened {
+                return;
+            }
+        }
+    }
+}
+
+fn fact_of(local: &str, event: &super::Event) -> Fact {
+    let number = u16::try_from(event.data).ok().filter(|_| event.kind == 0x8);
+    let what = match number {
+        Some(154) => What::Recovery(None),
+        Some(number) => What::Xid(Xid {
+            number,
+            source: Source::Event,
+            pid: None,
+            process: String::new(),
+            gpu_instance: event.gpu_instance,
+            message: String::new(),
+        }),
+        None => What::Event(event.kind),
+    };
+    Fact::device(local, what)
+}
+
+/// Reads one device, every few seconds and whenever its bell rings.
+struct Poller {
+    clock: Clock,
+    facts: Facts,
+    library: Arc<Nvml>,
+    target: Target,
+    bell: Arc<Notify>,
+}
+
+impl Poller {
+    async fn run(self, first: mpsc::Sender<()>) {
+        let mut lane = Lane::new(self.target.info.local.clone(), self.clock.clone());
+        let mut left_out: Vec<(&'static str, Duration)> = Vec::new();
+        let mut first = Some(first);
+        loop {
+            let begun = self.clock.now();
+            left_out.retain(|(_, until)| *until > begun);
+            let skip = left_out.iter().map(|(name, _)| *name).collect();
+            let (reading, hung) = self.read(&mut lane, skip).await;
+            left_out.extend(hung.map(|name| (name, self.clock.now().saturating_add(LEAVE_OUT))));
+            let local = self.target.info.local.clone();
+            self.facts.send(Seen::Fact(Fact::device(local, What::Reading(Box::new(reading)))), None).await;
+            drop(first.take());
+            self.clock.sleep_until(begun.saturating_add(GAP)).await;
+            // Both arms only wait.
+            tokio::select! {
+                () = self.bell.notified() => {}
+                () = self.clock.sleep_until(begun.saturating_add(POLL)) => {}
+            }
+        }
+    }
+
+    async fn read(&self, lane: &mut Lane, skip: Vec<&'static str>) -> (Reading, Option<&'static str>) {
+        let slate = Slate::new(self.clock.now(), skip);
+        let (library, target) = (Arc::clone(&self.library), self.target.clone());
+        let (writing, reading, clock) = (slate.clone(), slate.clone(), self.clock.clone());
+        let read = lane.call(READ_LIMIT, move || reading.since(), move || library.read(&target, &writing, &clock));
+        match read.await {
+            Ok(()) => (slate.values(), None),
+            Err(LaneError::Missed(_)) => slate.give_up(),
+            Err(LaneError::Exhausted | LaneError::Broken) => {
+                // No call was made: nothing is known, and the first value stands for all.
+                let mut values = slate.values();
+                values.recovery = crate::health::fact::Read::Missed;
+                (values, None)
+            }
+        }
+    }
+}
