@@ -5,10 +5,12 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod agent;
 mod devices;
 mod fleet;
 mod generate;
 mod kernels;
+mod lab;
 mod operator;
 mod output;
 mod scheduler;
@@ -27,10 +29,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Watch this node's devices, run their workers, report and obey.
+    Agent(agent::AgentArgs),
     /// Generate text with a runner and workers on this machine.
     Generate(generate::Args),
     /// Check or measure the expert kernels of this machine.
     Kernels(kernels::KernelsArgs),
+    /// Try things that need no cluster and no hardware.
+    Lab(lab::LabArgs),
     /// One device's process, started by an agent.
     #[command(hide = true)]
     Worker(worker::Args),
@@ -43,8 +49,10 @@ enum Command {
 fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
     let outcome: anyhow::Result<Verdict> = match command {
+        Command::Agent(args) => agent::run(args),
         Command::Generate(args) => generate::run(&args),
         Command::Kernels(args) => kernels::run(&args),
+        Command::Lab(args) => lab::run(args),
         Command::Worker(args) => worker::run(args),
         Command::Operator(args) => operator::run(args),
         Command::Scheduler(args) => scheduler::run(args),

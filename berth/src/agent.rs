@@ -1,0 +1,125 @@
+//! `berth agent`: one node's supervisor, as the chart's DaemonSet starts it.
+
+use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf};
+
+use anyhow::Context;
+use berth_agent::{Config, workers::WorkerConfig};
+use berth_runtime::{
+    shutdown,
+    telemetry::{self, LogFormat},
+};
+use berth_types::{Bytes, NodeName};
+
+use crate::verdict::Verdict;
+
+/// Which backend workers compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Backend {
+    /// The device's own where this build has it, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// CUDA.
+    Cuda,
+    /// CANN.
+    Ascend,
+}
+
+/// Watches a node's devices, runs one worker per device, reports and obeys.
+#[derive(Debug, clap::Args)]
+pub(crate) struct AgentArgs {
+    /// Name of the node
+    #[arg(long, env = "BERTH_NODE_NAME")]
+    node_name: NodeName,
+    /// Address of the pod: workers listen there
+    #[arg(long, env = "BERTH_POD_IP")]
+    pod_ip: std::net::IpAddr,
+    /// Where to serve probes and metrics
+    #[arg(long, env = "BERTH_ADMIN_LISTEN", default_value = "0.0.0.0:8082")]
+    admin_listen: SocketAddr,
+    /// The scheduler's Lease, <namespace>/<name>
+    #[arg(long, env = "BERTH_SCHEDULER_LEASE")]
+    scheduler_lease: String,
+    /// Folders that weights may be read from, separated by commas
+    #[arg(long, env = "BERTH_WEIGHTS_ROOTS", value_delimiter = ',')]
+    weights_roots: Vec<PathBuf>,
+    /// The kernel log, or a file or pipe of records in its format
+    #[arg(long, env = "BERTH_KMSG", default_value = "/dev/kmsg")]
+    kmsg: PathBuf,
+    /// NVIDIA's management library; default: libnvidia-ml.so.1, as the dynamic linker finds it
+    #[arg(long, env = "BERTH_NVML_LIBRARY")]
+    nvml_library: Option<OsString>,
+    /// Where the kernel lists PCI devices
+    #[arg(long, env = "BERTH_PCI_DEVICES", default_value = "/sys/bus/pci/devices")]
+    pci_devices: PathBuf,
+    /// What workers compute on
+    #[arg(long, env = "BERTH_WORKER_BACKEND", value_enum, default_value_t = Backend::Auto)]
+    worker_backend: Backend,
+    /// Most memory a worker takes, for example 64MB; default: its device's. For devices that are not really there
+    #[arg(long, env = "BERTH_WORKER_MEMORY")]
+    worker_memory: Option<Bytes>,
+    /// Threads of each worker; default: all cores
+    #[arg(long, env = "BERTH_WORKER_THREADS")]
+    worker_threads: Option<NonZeroUsize>,
+    /// What to log: error, warn, info, debug or a filter per module
+    #[arg(long, env = "BERTH_LOG", default_value = "info")]
+    log: String,
+}
+
+/// Runs until a signal comes.
+pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
+    let AgentArgs {
+        node_name,
+        pod_ip,
+        admin_listen,
+        scheduler_lease,
+        weights_roots,
+        kmsg,
+        nvml_library,
+        pci_devices,
+        worker_backend,
+        worker_memory,
+        worker_threads,
+        log,
+    } = args;
+    telemetry::init_logs(&log, LogFormat::detect())?;
+    let (namespace, name) = scheduler_lease
+        .split_once('/')
+        .with_context(|| format!("--scheduler-lease {scheduler_lease:?}: write it as <namespace>/<name>"))?;
+    let worker = WorkerConfig {
+        program: std::env::current_exe().context("finding this program, which workers are started from")?,
+        backend: backend(worker_backend),
+        address: pod_ip,
+        roots: weights_roots.into_iter().filter(|root| !root.as_os_str().is_empty()).collect(),
+        memory: worker_memory,
+        threads: worker_threads,
+    };
+    let config = Config {
+        node: node_name,
+        admin_listen,
+        scheduler_lease: (namespace.to_owned(), name.to_owned()),
+        kernel_log: kmsg,
+        nvml_library,
+        pci_devices,
+        worker,
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let stop = shutdown::on_signals()?;
+        berth_agent::run(config, stop).await?;
+        anyhow::Ok(())
+    })?;
+    Ok(Verdict::Pass)
+}
+
+fn backend(wanted: Backend) -> &'static str {
+    match wanted {
+        Backend::Cpu => "cpu",
+        Backend::Cuda => "cuda",
+        Backend::Ascend => "ascend",
+        Backend::Auto => {
+            tracing::info!("worker backend auto: this build computes on the CPU only");
+            "cpu"
+        }
+    }
+}

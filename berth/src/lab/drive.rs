@@ -1,0 +1,218 @@
+//! Plays a script to a real agent: its detectors and ledger on discrete time, its vendor library a
+//! double that it opens as it opens the real one.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    time::Duration,
+};
+
+use anyhow::Context;
+use berth_agent::{
+    Eyes, Observation,
+    health::{
+        fact::{Fact, PciAddress, ResetStep, What as Seen},
+        kmsg::{KernelLog, Read},
+        ledger::Report,
+    },
+    metrics::Metrics,
+    observe, vendor,
+    vendor::nvml::watch::WatchConfig,
+};
+use berth_runtime::{Clock, clock::InFlight};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    ffi::Double,
+    judge::Said,
+    script::{Event, Outcome, Script, What},
+};
+
+/// Between two lines of one moment: enough for the first to be consumed whole.
+const STEP: Duration = Duration::from_micros(1);
+/// The library's name in the lab's folder.
+const LIBRARY: &str = "libnvidia-ml.so.1";
+
+/// Plays `script` with the double at `double`; answers what the agent said.
+pub(super) fn play(script: Arc<Script>, double: &Path) -> anyhow::Result<Vec<Said>> {
+    let folder = tempfile::tempdir().context("making the lab's folder")?;
+    let library = folder.path().join(LIBRARY);
+    let clock = Clock::discrete();
+    let double = install(&script, double, &library, &clock)?;
+    let now = clock.clone();
+    let said = clock
+        .run(async move { Lab { script, clock: now, double }.run(library).await })
+        .context("running the lab")??;
+    drop(folder);
+    Ok(said)
+}
+
+/// Puts the double where the agent will look for the library, unless the script says that there is none.
+fn install(script: &Script, from: &Path, to: &Path, clock: &Clock) -> anyhow::Result<Option<Double>> {
+    let nvml = script.header.pointer("/libraries/nvml");
+    if nvml.is_some_and(Value::is_null) {
+        return Ok(None);
+    }
+    let mut bytes = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
+    let missing = nvml.and_then(|nvml| nvml.get("missing")).and_then(Value::as_array);
+    for symbol in missing.into_iter().flatten().filter_map(Value::as_str) {
+        hide(&mut bytes, symbol);
+    }
+    fs::write(to, bytes).with_context(|| format!("writing {}", to.display()))?;
+    Double::open(to, &script.header.to_string(), clock).map(Some)
+}
+
+/// Renames an exported symbol in the library's string table, so that nobody finds it.
+fn hide(bytes: &mut [u8], symbol: &str) {
+    let name = format!("\0{symbol}\0").into_bytes();
+    let mut at = 0;
+    while let Some(found) = bytes.get(at..).and_then(|rest| rest.windows(name.len()).position(|window| window == name))
+    {
+        at = at.saturating_add(found).saturating_add(1);
+        if let Some(first) = bytes.get_mut(at) {
+            *first = b'_';
+        }
+    }
+}
+
+struct Lab {
+    script: Arc<Script>,
+    clock: Clock,
+    double: Option<Double>,
+}
+
+impl Lab {
+    async fn run(self, library: PathBuf) -> anyhow::Result<Vec<Said>> {
+        let (records, log) = mpsc::channel();
+        let past = self.script.events.iter().take_while(|event| event.at_us < 0);
+        let mut sequence = 0;
+        for event in past {
+            self.before(event, &records, &mut sequence).with_context(|| format!("line {}", event.line))?;
+        }
+        let _ = records.send(Entry::CaughtUp);
+        let (observer, mut reports) = tokio::sync::mpsc::unbounded_channel();
+        let stop = CancellationToken::new();
+        let present = self.script.devices.iter().filter(|device| !device.absent);
+        let nvml = WatchConfig {
+            library: Some(library.into()),
+            kernel_lists: present.filter_map(|device| device.local.parse::<PciAddress>().ok()).collect(),
+            expected: self.script.expected,
+        };
+        let eyes = Eyes { nvml, log: Some(Box::new(LabLog(log))), observer: Some(observer) };
+        let mut observation = observe(eyes, &self.clock, &Metrics::default(), &stop, |_, task| {
+            tokio::spawn(task);
+        })?;
+        observation.snapshots.wait_for(Option::is_some).await.context("the agent ended")?;
+        let zero = self.clock.now();
+        let mut said: Vec<Said> = drain(&mut reports, zero, true);
+        for event in self.script.events.iter().skip_while(|event| event.at_us < 0) {
+            self.clock.sleep_until(moment(zero, event.at_us)).await;
+            said.extend(drain(&mut reports, zero, false));
+            self.now(event, &records, &observation, &mut sequence)
+                .await
+                .with_context(|| format!("line {}", event.line))?;
+            self.clock.sleep(STEP).await;
+        }
+        self.clock.sleep_until(moment(zero, self.script.end_us()).saturating_add(STEP)).await;
+        said.extend(drain(&mut reports, zero, false));
+        stop.cancel();
+        if let Some(double) = &self.double {
+            double.stop();
+        }
+        Ok(said)
+    }
+
+    /// An event from before the agent started: records wait in the ring, settings hold, the rest is gone.
+    fn before(&self, event: &Event, records: &mpsc::Sender<Entry>, sequence: &mut u64) -> anyhow::Result<()> {
+        match &event.what {
+            What::Kmsg { text, priority } => {
+                let _ = records.send(Entry::Record(record(*priority, sequence, 0, text), None));
+            }
+            What::Nvml(line) => {
+                if let Some(double) = &self.double {
+                    double.apply(line)?;
+                }
+            }
+            What::KmsgLost | What::Reset { .. } | What::Validated { .. } => {}
+        }
+        Ok(())
+    }
+
+    async fn now(
+        &self,
+        event: &Event,
+        records: &mpsc::Sender<Entry>,
+        observation: &Observation,
+        sequence: &mut u64,
+    ) -> anyhow::Result<()> {
+        match &event.what {
+            What::Kmsg { text, priority } => {
+                let micros = u64::try_from(self.clock.now().as_micros())?;
+                let bytes = record(*priority, sequence, micros, text);
+                let _ = records.send(Entry::Record(bytes, Some(self.clock.in_flight())));
+            }
+            What::KmsgLost => {
+                let _ = records.send(Entry::Lost(self.clock.in_flight()));
+            }
+            What::Nvml(line) => {
+                if let Some(double) = &self.double {
+                    double.apply(line)?;
+                }
+            }
+            What::Reset { local, outcome } => {
+                let step = match outcome {
+                    Outcome::Started => ResetStep::Started,
+                    Outcome::Ok => ResetStep::Done,
+                    Outcome::Failed => ResetStep::Failed,
+                };
+                let fact = Fact::device(local.clone(), Seen::Reset(step));
+                observation.facts.send(vendor::Seen::Fact(fact), None).await;
+            }
+            What::Validated { local, ok } => {
+                let fact = Fact::device(local.clone(), Seen::Validated(*ok));
+                observation.facts.send(vendor::Seen::Fact(fact), None).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn drain(reports: &mut tokio::sync::mpsc::UnboundedReceiver<Report>, zero: Duration, initial: bool) -> Vec<Said> {
+    let mut said = Vec::new();
+    while let Ok(report) = reports.try_recv() {
+        let after = i64::try_from(report.at.saturating_sub(zero).as_micros()).unwrap_or(i64::MAX);
+        said.push(Said { at_us: after, report, initial });
+    }
+    said
+}
+
+fn moment(zero: Duration, at_us: i64) -> Duration {
+    zero.saturating_add(Duration::from_micros(u64::try_from(at_us).unwrap_or(0)))
+}
+
+/// A record as /dev/kmsg gives it; `text` already has its escapes.
+fn record(priority: u32, sequence: &mut u64, micros: u64, text: &str) -> Vec<u8> {
+    *sequence = sequence.saturating_add(1);
+    format!("{priority},{sequence},{micros},-;{text}\n").into_bytes()
+}
+
+enum Entry {
+    Record(Vec<u8>, Option<InFlight>),
+    Lost(InFlight),
+    CaughtUp,
+}
+
+struct LabLog(mpsc::Receiver<Entry>);
+
+impl KernelLog for LabLog {
+    fn read(&mut self) -> io::Result<Read> {
+        Ok(match self.0.recv() {
+            Ok(Entry::Record(bytes, guard)) => Read::Record(bytes, guard),
+            Ok(Entry::Lost(guard)) => Read::Lost(Some(guard)),
+            Ok(Entry::CaughtUp) => Read::CaughtUp,
+            Err(_) => Read::Ended,
+        })
+    }
+}

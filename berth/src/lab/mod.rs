@@ -1,0 +1,102 @@
+//! `berth lab node`: one real agent on doubled vendor libraries, driven by a fault script on discrete
+//! time; prints every health transition and checks the script's expectations.
+
+mod drive;
+mod ffi;
+mod judge;
+mod script;
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, bail};
+use clap::Subcommand;
+use serde_json::json;
+
+use crate::verdict::Verdict;
+use script::Script;
+
+/// The double's file, beside this program where cargo puts both.
+const DOUBLE: &str = "libberth_double_nvml.so";
+
+/// Try things that need no cluster and no hardware.
+#[derive(Debug, clap::Args)]
+pub(crate) struct LabArgs {
+    #[command(subcommand)]
+    lab: Lab,
+}
+
+#[derive(Debug, Subcommand)]
+enum Lab {
+    /// Play a fault script to one agent on doubled vendor libraries.
+    Node(NodeArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct NodeArgs {
+    /// The script, JSON Lines
+    #[arg(long)]
+    script: PathBuf,
+    /// Write reports and outcomes to this file
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// The double of NVIDIA's management library; default: beside this program
+    #[arg(long, env = "BERTH_DOUBLE_NVML")]
+    nvml_double: Option<PathBuf>,
+}
+
+/// Plays, prints, judges.
+pub(crate) fn run(args: LabArgs) -> anyhow::Result<Verdict> {
+    let Lab::Node(NodeArgs { script: path, json, nvml_double }) = args.lab;
+    let text = fs::read_to_string(&path).with_context(|| format!("--script {}", path.display()))?;
+    let script = Script::parse(&text).with_context(|| path.display().to_string())?;
+    let double = match nvml_double {
+        Some(double) => double,
+        None => find_double()?,
+    };
+    let script = Arc::new(script);
+    let said = drive::play(Arc::clone(&script), &double).with_context(|| path.display().to_string())?;
+    let judged = judge::judge(&script, &said);
+    let passed = judged.iter().all(|judged| judged.ok);
+    let lines: Vec<judge::Line> = said.iter().map(judge::Said::line).collect();
+    print(&lines, &judged).context("writing to standard output")?;
+    if let Some(path) = json {
+        write_json(&path, &json!({"passed": passed, "reports": lines, "expectations": judged}))?;
+    }
+    Ok(passed.into())
+}
+
+fn find_double() -> anyhow::Result<PathBuf> {
+    let program = std::env::current_exe().context("finding this program")?;
+    let folder = program.parent().unwrap_or(Path::new("."));
+    let places = [folder.join(DOUBLE), folder.join("deps").join(DOUBLE), folder.join("..").join(DOUBLE)];
+    match places.into_iter().find(|place| place.is_file()) {
+        Some(place) => Ok(place),
+        None => bail!(
+            "{DOUBLE} is not beside {}: build it with `cargo build -p berth-double-nvml`, or name it with --nvml-double",
+            program.display()
+        ),
+    }
+}
+
+fn print(lines: &[judge::Line], judged: &[judge::Judged]) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for line in lines {
+        writeln!(out, "{line}")?;
+    }
+    for judged in judged.iter().filter(|judged| !judged.ok) {
+        writeln!(out, "line {}: not so: {}", judged.line, judged.why)?;
+    }
+    let held = judged.iter().filter(|judged| judged.ok).count();
+    writeln!(out, "{held} of {} expectations hold", judged.len())
+}
+
+fn write_json(path: &Path, document: &serde_json::Value) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(document)?;
+    text.push('\n');
+    fs::write(path, text).with_context(|| format!("--json {}", path.display()))
+}
