@@ -49,3 +49,15 @@ pub(crate) fn index_of(value: u64, count: usize) -> usize {
 pub(crate) fn millis_of(value: std::time::Duration) -> u32 {
     u32::try_from(value.as_millis()).unwrap_or(u32::MAX)
 }
+
+/// A count as `f64`; rounds above 2^53.
+#[inline]
+pub(crate) fn f64_of_u64(value: u64) -> f64 {
+    value as f64
+}
+
+/// Milliseconds of Unix time as the wire has them.
+#[inline]
+pub(crate) fn i64_of(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

@@ -221,7 +221,7 @@ impl Desk {
             stats.failed += u64::from(reason == Reason::Error);
             stats.retried += u64::from(sequence.counts.retried > 0);
         });
-        sequence.finish(&self.model, self.config.clock.now(), reason, error);
+        sequence.finish(self.config.clock.now(), reason, error);
     }
 
     fn report(&self) {

@@ -59,7 +59,7 @@ pub enum Event {
     Token {
         /// Its id.
         id: u32,
-        /// Text that became certain with it; may be empty.
+        /// Text that became certain with it; may be empty. The last token brings what was held back.
         text: String,
         /// Placement revision of the step that made it.
         revision: Revision,
@@ -86,8 +86,6 @@ pub struct Finished {
     pub reason: Reason,
     /// For `Error`: what happened and what to do; else empty.
     pub error: String,
-    /// Text that was still held back.
-    pub text: String,
     /// Expert calls of the steps that the request took part in.
     pub counts: CallCounts,
     /// From acceptance to the end.

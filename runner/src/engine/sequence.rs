@@ -112,12 +112,17 @@ impl Sequence {
         }
         let id = crate::num::u32_of(best);
         self.ids.push(id);
-        let text = self.pieces.push(&model.text, id);
-        self.say(Event::Token { id, text, revision });
-        if model.ends(id) && !self.ignore_eos {
-            return Some((Reason::Stop, String::new()));
+        let ended = if model.ends(id) && !self.ignore_eos {
+            Some((Reason::Stop, String::new()))
+        } else {
+            (self.ids.len() - self.prompt >= self.max_tokens).then(|| (Reason::Length, String::new()))
+        };
+        let mut text = self.pieces.push(&model.text, id);
+        if ended.is_some() {
+            text += &self.pieces.finish(&model.text);
         }
-        (self.ids.len() - self.prompt >= self.max_tokens).then(|| (Reason::Length, String::new()))
+        self.say(Event::Token { id, text, revision });
+        ended
     }
 
     fn tell_trace(&self, model: &Model, tokens: usize, output: &PartOutput) {
@@ -135,14 +140,9 @@ impl Sequence {
     }
 
     /// Says how it ended.
-    pub(crate) fn finish(mut self, model: &Model, now: Duration, reason: Reason, error: String) {
-        let finished = Finished {
-            reason,
-            error,
-            text: self.pieces.finish(&model.text),
-            counts: self.counts,
-            seconds: now.saturating_sub(self.started).as_secs_f64(),
-        };
+    pub(crate) fn finish(self, now: Duration, reason: Reason, error: String) {
+        let finished =
+            Finished { reason, error, counts: self.counts, seconds: now.saturating_sub(self.started).as_secs_f64() };
         self.say(Event::Finished(finished));
     }
 

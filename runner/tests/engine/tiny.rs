@@ -165,7 +165,6 @@ pub(crate) fn collect(mut events: tokio::sync::mpsc::Receiver<Event>) -> Outcome
                 outcome.revisions.push(revision.0);
             }
             Event::Finished(finished) => {
-                outcome.text.push_str(&finished.text);
                 outcome.finished = finished;
                 return outcome;
             }

@@ -34,7 +34,6 @@ pub(crate) enum Mode {
 /// What a worker was asked.
 #[derive(Clone, Debug)]
 pub(crate) struct Asked {
-    pub(crate) layer: u32,
     pub(crate) revision: u64,
     pub(crate) tokens: u32,
 }
@@ -113,7 +112,7 @@ impl Expert for Service {
 
 impl Service {
     fn answer(&self, call: &ForwardRequest) -> Option<ForwardResponse> {
-        self.asked.lock().unwrap().push(Asked { layer: call.layer, revision: call.revision, tokens: call.tokens });
+        self.asked.lock().unwrap().push(Asked { revision: call.revision, tokens: call.tokens });
         let mode = *self.mode.lock().unwrap();
         match mode {
             Mode::Hang => None,
