@@ -13,6 +13,7 @@ mod kernels;
 mod lab;
 mod operator;
 mod output;
+mod runner;
 mod scheduler;
 mod verdict;
 mod worker;
@@ -37,6 +38,8 @@ enum Command {
     Kernels(kernels::KernelsArgs),
     /// Try things that need no cluster and no hardware.
     Lab(lab::LabArgs),
+    /// One native model instance: attention, routing, KV cache.
+    Runner(runner::Args),
     /// One device's process, started by an agent.
     #[command(hide = true)]
     Worker(worker::Args),
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Lab(args) => lab::run(args),
+        Command::Runner(args) => runner::run(args),
         Command::Worker(args) => worker::run(args),
         Command::Operator(args) => operator::run(args),
         Command::Scheduler(args) => scheduler::run(args),

@@ -80,6 +80,8 @@ pub(crate) struct Control {
     pub(crate) alive: Heartbeat,
     /// Highest epoch that a scheduler has named.
     pub(crate) epoch: u64,
+    /// Why there was no stream, as last logged: a scheduler that stays away is said once.
+    pub(crate) said: String,
 }
 
 impl Control {
@@ -91,7 +93,10 @@ impl Control {
                 () = stop.cancelled() => return,
                 ended = self.stream() => ended,
             };
-            tracing::info!(reason = %ended, "stream to the scheduler ended");
+            if ended != self.said {
+                tracing::info!(reason = %ended, "no stream to the scheduler");
+                self.said = ended;
+            }
             self.alive.beat();
             let pause = PAUSE.mul_f64(rand::random_range(0.5..1.0));
             tokio::select! {
@@ -112,7 +117,7 @@ impl Control {
         }
     }
 
-    async fn open(&self) -> Result<(mpsc::Sender<RunnerMessage>, tonic::Streaming<RunnerOrder>), String> {
+    async fn open(&mut self) -> Result<(mpsc::Sender<RunnerMessage>, tonic::Streaming<RunnerOrder>), String> {
         let late = |what: &'static str| move |elapsed: berth_runtime::clock::Elapsed| format!("{what}: {elapsed}");
         let address = self.clock.timeout(CALL_LIMIT, self.scheduler.find()).await.map_err(late("finding it"))??;
         if !address.ip().is_loopback() {
@@ -132,6 +137,7 @@ impl Control {
         let orders = self.clock.timeout(CALL_LIMIT, client.runner(ReceiverStream::new(messages))).await;
         let orders = orders.map_err(late("opening"))?.map_err(|status| status.message().to_owned())?;
         tracing::info!(scheduler = %address, "stream to the scheduler opened");
+        self.said.clear();
         Ok((outgoing, orders.into_inner()))
     }
 

@@ -165,6 +165,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), RunnerEr
         closed,
         alive: part.admin.heartbeat("control", ALIVE_WITHIN),
         epoch: 0,
+        said: String::new(),
     };
     part.tasks.keep("control", async move {
         control.run(drained).await;

@@ -115,8 +115,11 @@ impl Link {
             state.breaks = state.breaks.saturating_add(1);
             // Clients of one failed worker come back at different times.
             state.until = clock.now() + pause.mul_f64(rand::random_range(0.5..1.0));
-            tracing::info!(endpoint = %endpoint, reason = %reason, "stream to a worker ended");
-            state.reason = reason;
+            if state.reason != reason {
+                // A worker that stays away is said once.
+                tracing::info!(endpoint = %endpoint, reason = %reason, "no stream to a worker");
+                state.reason = reason;
+            }
             state.session = None;
             drop(state);
             // Only now: whoever learns that its call broke must find the reason and the pause.

@@ -130,7 +130,7 @@ impl ExpertsConfig {
     fn read(fields: &Fields<'_>) -> Result<Self, ModelError> {
         let routed = fields.size("n_routed_experts")?;
         let groups = fields.size_or_none("n_group", 1)?.unwrap_or(1);
-        if routed % groups != 0 {
+        if !routed.is_multiple_of(groups) {
             return Err(fields.refuse("n_group", "a divisor of n_routed_experts"));
         }
         let groups_kept = fields.size_or_none("topk_group", 1)?.unwrap_or(groups);

@@ -48,7 +48,7 @@ impl RopeConfig {
     /// # Errors
     /// A rope type other than `default` and `yarn`, or a number out of range, by field.
     pub(crate) fn read(config: &Fields<'_>, width: usize, context: usize) -> Result<Self, ModelError> {
-        if width % 2 != 0 {
+        if !width.is_multiple_of(2) {
             return Err(config.refuse("qk_rope_head_dim", "an even number"));
         }
         let interleaved = config.flag("rope_interleave", true)?;

@@ -1,4 +1,5 @@
-//! The runner as its users see it: models, engine and calls to workers.
+//! The runner as its users see it: models, engine, calls to workers, and the whole part.
+#![cfg(test)]
 
 mod invariance;
 mod part;

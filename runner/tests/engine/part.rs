@@ -214,7 +214,7 @@ async fn it_says_what_it_uses_and_serves_what_it_is_routed() {
         _ => None,
     });
     let counted: u64 = window.await.layers[0].tokens.iter().sum();
-    assert!(counted > 0 && counted % 2 == 0, "two experts a token");
+    assert!(counted > 0 && counted.is_multiple_of(2), "two experts a token");
     talk.hear(|message| matches!(message, Message::Beat(_)).then_some(())).await;
     talk.say(Order::Gone(DevicesGone { devices: vec!["node-0/0.0".to_owned()] })).await;
     let gone = async {

@@ -207,7 +207,7 @@ fn an_expert_without_replica_waits_for_new_routes() {
     let half = |worker: usize, expert: u32| worker < 2 && usize::try_from(expert).unwrap() % 2 == worker;
     crew.experts.set_routes(crew.table(1, half));
     let repaired = |worker: usize, expert: u32| match worker {
-        0 => expert % 2 == 0,
+        0 => expert.is_multiple_of(2),
         1 => false,
         _ => expert % 2 == 1,
     };
