@@ -12,7 +12,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("berth-proto", &["berth-types"]),
     ("berth-kernels", &["berth-types"]),
     ("berth-planner", &["berth-types"]),
-    ("berth-runtime", &[]),
+    ("berth-runtime", &["berth-types"]),
     ("berth-operator", &["berth-crds", "berth-planner", "berth-runtime", "berth-types"]),
     ("berth-scheduler", &["berth-crds", "berth-planner", "berth-proto", "berth-runtime", "berth-types"]),
     ("berth-agent", &["berth-crds", "berth-kernels", "berth-proto", "berth-runtime", "berth-types"]),

@@ -251,6 +251,8 @@ impl<S: LeaseStore> Keeper<S> {
         self.tell();
         let record = match self.election.decide(self.clock.now(), self.unix_us()) {
             Action::Wait => return Ok(()),
+            // A part that ends begins no term; and it does not bring back a Lease that was removed with it.
+            Action::Acquire(_) if self.stop.is_cancelled() => return Ok(()),
             Action::Acquire(record) | Action::Renew(record) => record,
         };
         let started = self.clock.now();

@@ -291,7 +291,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn never_do_two_believe_and_somebody_leads_when_the_storm_is_over(weather in weather()) {

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a scenario fails it like the scenario itself")]
 
+mod chart;
 mod cluster;
 mod crd_rules;
 mod kubelet;

@@ -148,7 +148,7 @@ subjects:
   - {kind: ServiceAccount, name: {{ include "berth.serviceAccount" . }}, namespace: {{ .root.Release.Namespace }}}
 {{- end }}
 
-{{/* Keeps its own Lease: a name can restrict every verb but create. */}}
+{{/* Keeps its own Lease. A name can restrict every verb but create, which is for a Lease deleted by hand. */}}
 {{- define "berth.leaseRole" -}}
 apiVersion: rbac.authorization.k8s.io/v1
 kind: Role

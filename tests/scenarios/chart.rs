@@ -1,0 +1,121 @@
+//! The chart as text: what helm refuses, and what it renders for the values that people use. Needs helm,
+//! but no cluster.
+
+use std::process::{Command, Output};
+
+use berth_tests::ClusterTool;
+
+const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/berth");
+const KUBERNETES: &str = "1.36.3";
+
+fn helm(verb: &[&str], args: &[&str]) -> Output {
+    let helm = ClusterTool::locate().expect("helm").helm();
+    let home = tempfile::tempdir().expect("a folder");
+    let mut command = Command::new(helm);
+    command.args(verb).arg(CHART).args(["--kube-version", KUBERNETES]).args(args).env("HOME", home.path());
+    command.output().expect("helm runs")
+}
+
+fn template(args: &[&str]) -> Result<String, String> {
+    let output = helm(&["template", "berth"], &[&["--namespace", "berth-system"], args].concat());
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
+    if output.status.success() { Ok(text(output.stdout)) } else { Err(text(output.stderr)) }
+}
+
+fn golden(name: &str, args: &[&str]) {
+    let rendered = template(args).expect("rendered");
+    let mut settings = insta::Settings::clone_current();
+    settings.set_snapshot_path(concat!(env!("CARGO_MANIFEST_DIR"), "/golden/chart"));
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    settings.bind(|| insta::assert_snapshot!(name, rendered));
+}
+
+#[test]
+fn chart_passes_the_strict_linter() {
+    let output = helm(&["lint", "--strict"], &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+#[test]
+fn values_that_nobody_reads_are_refused_by_name() {
+    let cases = [
+        ("operators.replicas=2", "additional properties 'operators' not allowed"),
+        ("operator.replica=2", "at '/operator': additional properties 'replica' not allowed"),
+        ("operator.pdb.min=2", "at '/operator/pdb': additional properties 'min' not allowed"),
+        ("scheduler.resources.request.cpu=1", "at '/scheduler/resources': additional properties 'request' not allowed"),
+        ("agent.serviceAccount.nam=x", "at '/agent/serviceAccount': additional properties 'nam' not allowed"),
+        ("runner.image.repo=x", "at '/runner/image': additional properties 'repo' not allowed"),
+        ("metrics.podMonitor.every=1s", "at '/metrics/podMonitor': additional properties 'every' not allowed"),
+        ("image.pullPolicy=Sometimes", "at '/image/pullPolicy': value must be one of"),
+        ("image.digest=abc", "at '/image/digest': 'abc' does not match pattern"),
+        ("agent.weightsRoots={srv}", "at '/agent/weightsRoots/0': 'srv' does not match pattern"),
+        ("ipFamily=IPv5", "at '/ipFamily': value must be one of 'IPv4', 'IPv6'"),
+    ];
+    for (value, sentence) in cases {
+        let refusal = template(&["--set", value]).expect_err(value);
+        assert!(refusal.contains(sentence), "{value}: {refusal}");
+    }
+}
+
+#[test]
+fn every_crd_is_kept_when_the_release_goes_and_can_be_left_out() {
+    let rendered = template(&["--show-only", "templates/crds/crds.yaml"]).expect("rendered");
+    let crds: Vec<&str> =
+        rendered.split("\n---\n").filter(|text| text.contains("kind: CustomResourceDefinition")).collect();
+    assert_eq!(crds.len(), 7);
+    for crd in crds {
+        assert!(crd.contains("helm.sh/resource-policy: keep"), "{crd}");
+        assert!(crd.contains("app.kubernetes.io/part-of: berth"), "{crd}");
+    }
+    let without = template(&["--set", "crds.install=false"]).expect("rendered");
+    assert!(!without.contains("kind: CustomResourceDefinition"));
+}
+
+#[test]
+fn default_values_render_as_reviewed() {
+    golden("default", &["--set", "crds.install=false"]);
+}
+
+#[test]
+fn production_values_render_as_reviewed() {
+    let digest = format!("image.digest=sha256:{}", "0a".repeat(32));
+    let values = [
+        "image.registry=registry.example:5000",
+        "image.repository=infra/berth",
+        "runner.image.tag=v1.2.3",
+        "global.imagePullSecrets={pull}",
+        "agent.weightsRoots={/srv/weights,/mnt/weights}",
+        "agent.hostLibraries={/usr/local/Ascend/driver}",
+        "agent.runtimeClassName=nvidia",
+        "ipFamily=IPv6",
+        "operator.priorityClassName=platform",
+        "runner.leaseReaders[0].kind=Group",
+        "runner.leaseReaders[0].apiGroup=rbac.authorization.k8s.io",
+        "runner.leaseReaders[0].name=system:serviceaccounts:models",
+    ];
+    let mut args = vec!["--set", &digest];
+    args.extend(values.iter().flat_map(|value| ["--set", value]));
+    let shown = ["templates/agent/daemonset.yaml", "templates/operator/deployment.yaml", "templates/runner/rbac.yaml"];
+    args.extend(shown.iter().flat_map(|path| ["--show-only", path]));
+    golden("production", &args);
+}
+
+#[test]
+fn monitors_appear_where_the_cluster_knows_them() {
+    let plain = template(&[]).expect("rendered");
+    assert!(!plain.contains("monitoring.coreos.com"));
+    let knows = ["--api-versions", "monitoring.coreos.com/v1", "--show-only", "templates/monitors.yaml"];
+    golden("monitors", &knows);
+}
+
+#[test]
+fn the_smallest_install_has_no_agent_policy_or_budget() {
+    let values = "crds.install=false,agent.enabled=false,admissionPolicies.enabled=false,networkPolicy.enabled=false,\
+                  operator.replicas=1,scheduler.replicas=1";
+    let rendered = template(&["--set", values]).expect("rendered");
+    for kind in ["DaemonSet", "ValidatingAdmissionPolicy", "NetworkPolicy", "PodDisruptionBudget"] {
+        assert!(!rendered.contains(&format!("kind: {kind}\n")), "{kind}");
+    }
+    assert_eq!(rendered.matches("kind: Deployment\n").count(), 2);
+}
