@@ -15,6 +15,7 @@ mod operator;
 mod output;
 mod runner;
 mod scheduler;
+mod profile;
 mod verdict;
 mod worker;
 
@@ -47,6 +48,8 @@ enum Command {
     Operator(operator::OperatorArgs),
     /// Run the scheduler.
     Scheduler(scheduler::SchedulerArgs),
+    /// Write ModelProfiles: from presets, or from a checkpoint.
+    Profile(profile::ProfileArgs),
 }
 
 fn main() -> ExitCode {
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Worker(args) => worker::run(args),
         Command::Operator(args) => operator::run(args),
         Command::Scheduler(args) => scheduler::run(args),
+        Command::Profile(args) => profile::run(args),
     };
     verdict::exit(outcome)
 }

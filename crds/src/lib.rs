@@ -12,6 +12,7 @@ mod geometry_rules;
 pub mod model_deployment;
 pub mod model_profile;
 pub mod placement_map;
+pub mod presets;
 
 pub use accelerator_node::{AcceleratorNode, AcceleratorNodeSpec, AcceleratorNodeStatus};
 pub use capacity_queue::{CapacityQueue, CapacityQueueSpec, CapacityQueueStatus};

@@ -258,6 +258,76 @@ fn covers(live: &Value, wanted: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Category;
+    use berth_crds::{ModelProfile, ModelProfileSpec};
+    use berth_types::Epoch;
+    use http::{Request, Response};
+    use kube::client::Body;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A door to an API server that answers everything with `code`, and the number of calls it got.
+    fn door(code: u16, may_write: bool) -> (Writes, Arc<AtomicUsize>) {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&calls);
+        let service = tower::service_fn(move |_: Request<Body>| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            async move {
+                if code == 0 {
+                    return Err(std::io::Error::other("connection refused"));
+                }
+                let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code,
+                                    "reason": "Played", "message": "played"});
+                Ok(Response::builder().status(code).body(Body::from(status.to_string().into_bytes())).unwrap())
+            }
+        });
+        let client = Client::new(service, "default");
+        let may_write: MayWrite = Arc::new(move || if may_write { Ok(()) } else { Err(Deposed { epoch: Epoch(1) }) });
+        (Writes::new(client, Clock::real(), OperatorMetrics::default(), may_write, None), calls)
+    }
+
+    fn profile() -> ModelProfile {
+        let spec: ModelProfileSpec = crate::fleet::tests::profile();
+        ModelProfile::new("v3-tiny", spec)
+    }
+
+    #[tokio::test]
+    async fn each_refusal_has_its_category() {
+        for (code, expected) in [
+            (409, Category::Conflict),
+            (422, Category::Invalid),
+            (503, Category::Transient),
+            (429, Category::Transient),
+            (0, Category::Transient),
+        ] {
+            let (writes, calls) = door(code, true);
+            let error = writes.apply(&writes.everywhere(), &profile(), None).await.unwrap_err();
+            assert_eq!(error.category(), expected, "{code}: {error}");
+            assert_eq!(calls.load(Ordering::Relaxed), 1, "nothing is retried behind the caller's back");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_deposed_leader_calls_nobody() {
+        let (writes, calls) = door(200, false);
+        let error = writes.apply(&writes.everywhere(), &profile(), None).await.unwrap_err();
+        assert!(matches!(error, WriteError::Deposed { .. }));
+        writes.delete(&writes.everywhere(), &profile()).await.unwrap_err();
+        assert_eq!(calls.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_so_already_is_not_written_and_what_is_gone_is_deleted() {
+        let (writes, calls) = door(404, true);
+        let hash = hash_of(&serde_json::to_value(profile()).unwrap());
+        let mut live = profile();
+        live.metadata.annotations = Some([(ANNOTATION_APPLIED.to_owned(), hash)].into());
+        live.metadata.uid = Some("u".to_owned());
+        let live = Arc::new(live);
+        let kept = writes.apply(&writes.everywhere(), &profile(), Some(&live)).await.unwrap();
+        assert_eq!((kept.metadata.uid.as_deref(), calls.load(Ordering::Relaxed)), (Some("u"), 0));
+        writes.delete(&writes.everywhere(), live.as_ref()).await.unwrap();
+        assert_eq!(calls.load(Ordering::Relaxed), 1);
+    }
 
     #[test]
     fn defaults_of_the_server_are_no_change_but_a_drifted_field_is() {

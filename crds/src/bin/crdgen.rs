@@ -1,5 +1,5 @@
-//! Writes the CustomResourceDefinitions: `crdgen` prints them, `crdgen DIR` writes one file each to DIR.
-//! Writes nothing else and reads nothing.
+//! Writes the generated files: `crdgen` prints the CustomResourceDefinitions, `crdgen DIR` writes one file
+//! each to DIR, `crdgen DIR PRESETS` the ModelProfiles of published models to PRESETS too.
 
 use std::{
     error::Error,
@@ -8,10 +8,11 @@ use std::{
     path::PathBuf,
 };
 
-use berth_crds::definitions;
+use berth_crds::{definitions, presets};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let dir = std::env::args_os().nth(1).map(PathBuf::from);
+    let mut folders = std::env::args_os().skip(1).map(PathBuf::from);
+    let dir = folders.next();
     for definition in definitions::all() {
         let yaml = definitions::yaml(&definition)?;
         match &dir {
@@ -20,6 +21,13 @@ fn main() -> Result<(), Box<dyn Error>> {
                 fs::write(dir.join(definitions::file_name(&definition)), yaml)?;
             }
             None => writeln!(stdout(), "---\n{yaml}")?,
+        }
+    }
+    if let Some(dir) = folders.next() {
+        fs::create_dir_all(&dir)?;
+        for profile in presets::all()? {
+            let name = profile.metadata.name.clone().unwrap_or_default();
+            fs::write(dir.join(format!("{name}.yaml")), presets::yaml(&profile)?)?;
         }
     }
     Ok(())

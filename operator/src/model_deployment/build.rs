@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use berth_crds::{
-    ExpertPlacement, ExpertPlacementSpec, LABEL_DEPLOYMENT, LABEL_INSTANCE, LABEL_PLACEMENT, LABEL_TEMPLATE,
-    TAINT_NATIVE,
+    ExpertPlacement, ExpertPlacementSpec, LABEL_DEPLOYMENT, LABEL_INSTANCE, LABEL_MODE, LABEL_PLACEMENT,
+    LABEL_TEMPLATE, TAINT_NATIVE,
 };
 use berth_types::Bytes;
 use k8s_openapi::{api::apps::v1::Deployment, apimachinery::pkg::apis::meta::v1::OwnerReference};
@@ -18,6 +18,10 @@ use super::{
 
 /// Port of the runner's admin endpoints.
 const ADMIN_PORT: u16 = 8081;
+/// Least cache of a runner.
+const LEAST_CACHE: Bytes = Bytes(64 << 20);
+/// What a runner needs besides weights and cache.
+const PROGRAM: Bytes = Bytes(64 << 20);
 
 /// What every runner is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +107,7 @@ fn labels(found: &Dereferenced, accepted: &Accepted, name: &str, index: &str) ->
         ("app.kubernetes.io/component", "runner"),
         ("app.kubernetes.io/part-of", "berth"),
         ("app.kubernetes.io/managed-by", "berth-operator"),
+        ("berth.dev/component", "runner"),
         (LABEL_DEPLOYMENT, &found.deployment.name_any()),
         (LABEL_PLACEMENT, name),
         (LABEL_TEMPLATE, &accepted.template),
@@ -157,10 +162,11 @@ fn placement(
     }
 }
 
-/// Cache for one sequence of the longest context that the profile allows.
+/// Cache for one sequence of the longest context that the profile allows, and never so little that a small
+/// model could not serve several at once.
 fn kv_budget(accepted: &Accepted) -> Bytes {
     let profile = &accepted.profile.spec;
-    profile.kv_bytes_per_token.times(profile.context).plus(profile.kv_fixed_bytes_per_sequence)
+    profile.kv_bytes_per_token.times(profile.context).plus(profile.kv_fixed_bytes_per_sequence).max(LEAST_CACHE)
 }
 
 /// Bytes as Kubernetes prints them back: the largest binary suffix that divides them, rounded up to MiB.
@@ -216,7 +222,7 @@ fn pod(
             serde_json::json!({"name": format!("weights-{index}"), "mountPath": root, "readOnly": true})
         })
         .collect();
-    let memory = placement.spec.non_expert_bytes.plus(kv_budget(accepted)).plus(Bytes(64 << 20));
+    let memory = placement.spec.non_expert_bytes.plus(kv_budget(accepted)).plus(PROGRAM);
     let probe = |path: &str, period: u32, failures: u32| {
         serde_json::json!({"httpGet": {"path": path, "port": "admin"}, "periodSeconds": period,
                            "timeoutSeconds": 3, "failureThreshold": failures})
@@ -225,6 +231,9 @@ fn pod(
         "terminationGracePeriodSeconds": 30,
         "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
                             "seccompProfile": {"type": "RuntimeDefault"}},
+        // Nodes that host have the weights; others need not.
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
+            {"matchExpressions": [{"key": LABEL_MODE, "operator": "In", "values": ["native"]}]}]}}},
         "tolerations": [{"key": TAINT_NATIVE, "operator": "Exists", "effect": "NoSchedule"}],
         "volumes": volumes,
         "containers": [{
@@ -267,6 +276,7 @@ fn environment(
         value("BERTH_PLACEMENT", format!("{space}/{}", placement.name_any())),
         value("BERTH_WEIGHTS", weights.uri.clone()),
         value("BERTH_WEIGHTS_ROOTS", roots.join(",")),
+        value("BERTH_CACHE", placement.spec.kv_budget_bytes.get().to_string()),
         value("BERTH_SCHEDULER_LEASE", config.scheduler_lease.clone()),
         value("BERTH_LISTEN", format!("$(BERTH_POD_IP):{SERVE_PORT}")),
         value("BERTH_ADMIN_LISTEN", format!("$(BERTH_POD_IP):{ADMIN_PORT}")),
@@ -275,4 +285,67 @@ fn environment(
         variables.push(value("BERTH_WEIGHTS_DIGEST", weights.digest.clone()));
     }
     variables
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_deployment::fixtures::{add, config, found, instance, template};
+    use serde_json::json;
+
+    #[test]
+    fn objects_of_an_instance_are_as_written() {
+        let (found, checked) = found(
+            &json!({"queue": "batch", "weights": {"uri": "file:///models/v3",
+            "digest": format!("sha256:{}", "a".repeat(64))}}),
+            1,
+        );
+        let mut prepared = build(&found, &checked, &config());
+        let Wanted { placement, runner } = prepared.wanted.remove(0);
+        insta::assert_json_snapshot!("placement", placement);
+        insta::assert_json_snapshot!("runner", runner);
+    }
+
+    #[test]
+    fn building_twice_gives_the_same() {
+        let (found, checked) = found(&json!({"replicas": 3}), 3);
+        let text = |prepared: Prepared| format!("{:?}", prepared.wanted);
+        assert_eq!(text(build(&found, &checked, &config())), text(build(&found, &checked, &config())));
+    }
+
+    #[test]
+    fn only_granted_instances_are_made() {
+        let (found, checked) = found(&json!({"replicas": 3}), 2);
+        assert_eq!(build(&found, &checked, &config()).wanted.len(), 2);
+    }
+
+    #[test]
+    fn a_rejected_spec_touches_nothing_that_runs() {
+        let (mut found, _) = found(&json!({"replicas": 1}), 1);
+        add(&mut found, instance("old", 0, true));
+        add(&mut found, instance("old", 1, true));
+        let rejected = crate::model_deployment::fixtures::found(&json!({"serving": {"mode": "engine"}}), 1).1;
+        let prepared = build(&found, &rejected, &config());
+        assert_eq!((prepared.wanted.len(), prepared.left), (0, vec!["v3-old-0".to_owned()]));
+        assert_eq!(prepared.ending.len(), 1);
+    }
+
+    #[test]
+    fn a_grant_stays_what_it_was_while_the_instance_lives() {
+        let (mut found, checked) = found(&json!({"queue": "batch"}), 1);
+        let (placement, pod) = instance(&template(&checked), 0, true);
+        let mut placement = Arc::unwrap_or_clone(placement);
+        placement.spec.granted_devices = Some(9);
+        add(&mut found, (Arc::new(placement), pod));
+        assert_eq!(build(&found, &checked, &config()).wanted[0].placement.spec.granted_devices, Some(9));
+    }
+
+    #[test]
+    fn quantities_read_back_as_written() {
+        for (bytes, text) in
+            [(1, "1Mi"), (64 << 20, "64Mi"), (1 << 30, "1Gi"), ((1 << 30) + 1, "1025Mi"), (1 << 40, "1Ti")]
+        {
+            assert_eq!(quantity(Bytes(bytes)), text);
+        }
+    }
 }

@@ -14,6 +14,8 @@ use crate::{
 pub mod apply;
 pub mod build;
 pub mod dereference;
+#[cfg(test)]
+pub(crate) mod fixtures;
 pub mod reason;
 mod report;
 pub mod rollout;

@@ -108,3 +108,76 @@ pub fn roll(replicas: u32, allowed: u32, template: &str, existing: &[Instance]) 
     let create = (0..replicas).filter(|index| !taken.contains(index)).take(create).collect();
     Steps { keep, keep_old, create, retire }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_deployment::fixtures::instance as objects;
+    use proptest::prelude::*;
+
+    fn instance(template: &str, index: u32, ready: bool) -> Instance {
+        let (placement, pod) = objects(template, index, ready);
+        observe(&[placement], &[pod]).remove(0)
+    }
+
+    #[test]
+    fn an_instance_is_ready_when_its_runner_is_and_a_revision_serves() {
+        let ready = instance("t", 0, true);
+        assert_eq!((ready.ready, ready.endpoint.as_deref(), ready.index), (true, Some("10.0.0.9:7500"), 0));
+        assert!(!instance("t", 0, false).ready);
+    }
+
+    #[test]
+    fn an_update_makes_one_new_instance_and_keeps_the_old_until_it_serves() {
+        let old = [instance("a", 0, true), instance("a", 1, true)];
+        let steps = roll(2, 3, "b", &old);
+        assert_eq!((steps.create, steps.keep_old.len(), steps.retire.len()), (vec![0], 2, 0));
+        let mut next = old.to_vec();
+        next.push(instance("b", 0, false));
+        assert_eq!(roll(2, 3, "b", &next).retire, Vec::<String>::new());
+        next[2] = instance("b", 0, true);
+        let steps = roll(2, 3, "b", &next);
+        assert_eq!((steps.retire, steps.create), (vec!["v3-a-1".to_owned()], Vec::new()));
+    }
+
+    #[test]
+    fn scaling_down_ends_the_highest_indexes() {
+        let all: Vec<_> = (0..3).map(|index| instance("a", index, true)).collect();
+        assert_eq!(roll(1, 3, "a", &all).retire, ["v3-a-1", "v3-a-2"]);
+        assert_eq!(roll(0, 3, "a", &all).retire.len(), 3);
+    }
+
+    #[test]
+    fn without_room_only_old_instances_that_serve_nothing_give_way() {
+        let old = [instance("a", 0, true), instance("a", 1, false)];
+        let steps = roll(2, 2, "b", &old);
+        assert_eq!((steps.retire, steps.create.len()), (vec!["v3-a-1".to_owned()], 0));
+    }
+
+    proptest! {
+        #[test]
+        fn every_update_ends_and_never_serves_less(
+            replicas in 0u32..5,
+            old in proptest::collection::vec(any::<bool>(), 0..5),
+            spare in 1u32..3,
+        ) {
+            let mut now: Vec<Instance> =
+                (0u32..).zip(&old).map(|(index, ready)| instance("a", index, *ready)).collect();
+            let allowed = u32::try_from(old.len()).unwrap().max(replicas) + spare;
+            let least = old.iter().filter(|ready| **ready).count().min(usize::try_from(replicas).unwrap());
+            for _ in 0..30 {
+                let steps = roll(replicas, allowed, "b", &now);
+                now.retain(|instance| !steps.retire.contains(&instance.name));
+                prop_assert!(now.iter().filter(|instance| instance.ready).count() >= least);
+                for instance in &mut now {
+                    instance.ready |= instance.template == "b";
+                }
+                now.extend(steps.create.iter().map(|index| instance("b", *index, false)));
+                prop_assert!(now.len() <= usize::try_from(allowed).unwrap());
+            }
+            let mut indexes: Vec<_> = now.iter().map(|instance| (instance.template.clone(), instance.index)).collect();
+            indexes.sort();
+            prop_assert_eq!(indexes, (0..replicas).map(|index| ("b".to_owned(), index)).collect::<Vec<_>>());
+        }
+    }
+}

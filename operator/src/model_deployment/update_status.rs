@@ -157,3 +157,88 @@ fn events(before: &[Condition], now: &[Condition]) -> Vec<Event> {
     }
     events
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        allocation::{WaitReason, Waiting},
+        model_deployment::fixtures::{add, found, instance, template},
+    };
+    use serde_json::{Value, json};
+
+    fn status(more: &Value, ready: &[bool], waiting: Option<Waiting>) -> ModelDeploymentStatus {
+        let (mut found, checked) = found(more, 3);
+        found.grant.verdict.waiting = waiting;
+        let template = checked.outcome.as_ref().map_or_else(|_| "t".to_owned(), |accepted| accepted.template.clone());
+        for (index, ready) in (0u32..).zip(ready) {
+            add(&mut found, instance(&template, index, *ready));
+        }
+        let applied = Applied { placements: found.placements.clone(), ending: Vec::new() };
+        compute(&found, &checked, &applied, Timestamp::UNIX_EPOCH)
+    }
+
+    fn line(status: &ModelDeploymentStatus, kind: &str) -> String {
+        let condition = status.conditions.iter().find(|condition| condition.type_ == kind).unwrap();
+        format!("{} {}: {}", condition.status, condition.reason, condition.message)
+    }
+
+    #[test]
+    fn ready_only_when_everything_asked_for_is_true() {
+        let all = status(&json!({"replicas": 2}), &[true, true], None);
+        assert_eq!(line(&all, "Ready"), "True Serving: 2 of 2 instances serving");
+        assert_eq!((all.phase.as_str(), all.summary.pools.as_str()), ("Serving", "910c:2"));
+        let unmeasured = status(&json!({"objective": {"ttftMs": 5}}), &[true], None);
+        assert!(line(&unmeasured, "Ready").starts_with("False FieldNotHonoured"));
+        assert_eq!((unmeasured.ready_replicas, unmeasured.unhonoured_fields[0].as_str()), (1, "spec.objective"));
+    }
+
+    #[test]
+    fn too_few_instances_are_degraded_and_the_reason_is_told() {
+        let some = status(&json!({"replicas": 2}), &[true, false], None);
+        assert_eq!(line(&some, "Degraded"), "True InstancesShort: 1 of 2 instances serve");
+        assert!(line(&some, "Ready").starts_with("False Starting: 1 of 2 instances serving; v3-"));
+        assert!(line(&some, "Reconciling").starts_with("True") && line(&some, "Stalled").starts_with("False"));
+    }
+
+    #[test]
+    fn who_waits_for_quota_reads_the_queues_words() {
+        let message = "queue batch: 12 of 12 devices used; needs 4 more".to_owned();
+        let waiting = Waiting { reason: WaitReason::QuotaExceeded, message: message.clone() };
+        let waits = status(&json!({"queue": "batch"}), &[], Some(waiting));
+        assert_eq!(line(&waits, "CapacityAvailable"), format!("False QuotaExceeded: {message}"));
+        assert_eq!((waits.phase.as_str(), waits.summary.message.as_str()), ("Pending", message.as_str()));
+    }
+
+    #[test]
+    fn rejection_stalls() {
+        let rejected = status(&json!({"serving": {"mode": "engine"}}), &[], None);
+        assert_eq!(rejected.phase, "Rejected");
+        assert!(line(&rejected, "Stalled").starts_with("True FieldNotHonoured"));
+    }
+
+    #[test]
+    fn a_second_pass_over_the_same_changes_nothing() {
+        let (mut found, checked) = found(&json!({}), 1);
+        add(&mut found, instance(&template(&checked), 0, true));
+        let applied = Applied { placements: found.placements.clone(), ending: Vec::new() };
+        let first = compute(&found, &checked, &applied, Timestamp::UNIX_EPOCH);
+        let mut deployment = found.deployment.as_ref().clone();
+        deployment.status = Some(first.clone());
+        found.deployment = std::sync::Arc::new(deployment);
+        let later = Timestamp::from_second(1000).unwrap();
+        assert_eq!(compute(&found, &checked, &applied, later), first);
+        assert!(events(&first.conditions, &first.conditions).is_empty());
+    }
+
+    #[test]
+    fn a_turn_is_told_once_and_a_long_note_is_cut() {
+        let message = "é".repeat(900);
+        let waiting = Waiting { reason: WaitReason::QuotaExceeded, message };
+        let waits = status(&json!({"queue": "batch"}), &[], Some(waiting));
+        let told = events(&[], &waits.conditions);
+        let reasons: Vec<_> = told.iter().map(|event| event.reason.as_str()).collect();
+        assert_eq!(reasons, ["ProfileResolved", "QuotaExceeded"]);
+        assert!(told[1].note.as_ref().unwrap().len() <= 1002);
+    }
+}

@@ -136,3 +136,48 @@ fn template_of(deployment: &ModelDeployment, profile: &ModelProfile) -> String {
     });
     hash_of(&served).chars().take(8).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_deployment::fixtures::{found, template};
+
+    fn rejection(more: &serde_json::Value) -> Rejection {
+        found(more, 1).1.outcome.unwrap_err()
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_rejected_by_field() {
+        for (more, reason, words) in [
+            (json!({"serving": {"mode": "engine"}}), Reason::FieldNotHonoured, "spec.serving.mode engine"),
+            (json!({"weights": {"uri": "s3://b/v3"}}), Reason::FieldNotHonoured, "spec.weights.uri s3://"),
+            (json!({"weights": {"uri": "file:///modelsX/v3"}}), Reason::WeightsNotAllowed, "/modelsX/v3 is outside"),
+        ] {
+            let Rejection { reason: found, message } = rejection(&more);
+            assert_eq!(found, reason, "{message}");
+            assert!(message.contains(words), "{message}");
+        }
+        let nameless = validate(&found(&json!({}), 1).0.deployment, None, &Roots(vec!["/models".into()]));
+        assert_eq!(nameless.outcome.unwrap_err().reason, Reason::ProfileNotFound);
+    }
+
+    #[test]
+    fn what_can_be_served_without_is_named_and_served() {
+        let more = json!({"objective": {"ttftMs": 500}, "autoscaling": {"min": 1, "max": 2}, "fallback": ["v2"],
+                          "onShortage": "Degrade"});
+        let checked = found(&more, 1).1;
+        let fields: Vec<_> = checked.unhonoured.iter().map(|field| field.field).collect();
+        assert_eq!(fields, ["spec.autoscaling", "spec.objective", "spec.fallback", "spec.onShortage"]);
+        assert!(checked.outcome.is_ok());
+    }
+
+    #[test]
+    fn only_what_an_instance_serves_changes_its_template() {
+        let plain = template(&found(&json!({}), 1).1);
+        assert_eq!(plain.len(), 8);
+        for same in [json!({"replicas": 3}), json!({"paused": true}), json!({"devices": {"perInstance": 4}})] {
+            assert_eq!(template(&found(&same, 1).1), plain, "{same}");
+        }
+        assert_ne!(template(&found(&json!({"weights": {"uri": "file:///models/other"}}), 1).1), plain);
+    }
+}
