@@ -13,9 +13,9 @@ mod kernels;
 mod lab;
 mod operator;
 mod output;
+mod profile;
 mod runner;
 mod scheduler;
-mod profile;
 mod verdict;
 mod worker;
 

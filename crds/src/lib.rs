@@ -1,6 +1,7 @@
 //! Kubernetes objects of the group `berth.dev`, version `v1alpha1`: types, schemas and the words of
 //! their conditions. Holds no client and takes no decision.
 #![expect(unreachable_pub, reason = "KubeSchema repeats a public struct inside a block of its own")]
+#![expect(clippy::duplicated_attributes, reason = "each printed column has a type and a path of its own")]
 
 pub mod accelerator_node;
 pub mod capacity_queue;

@@ -150,7 +150,7 @@ fn decide(
     };
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
     let (ours, mut others): (Vec<Taint>, Vec<Taint>) = taints.into_iter().partition(|taint| taint.key == TAINT_NATIVE);
-    if wants == !ours.is_empty() {
+    if wants != ours.is_empty() {
         return (wanted, None);
     }
     if wants {

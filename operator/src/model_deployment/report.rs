@@ -46,11 +46,10 @@ pub(super) fn report(found: &Dereferenced, checked: &Checked, applied: &Applied,
     let accepted = accepted(found, checked);
     let capacity = capacity(found);
     let progress = [
-        (ConditionType::Placed, "placed", is_placed as fn(&Instance) -> bool),
-        (ConditionType::WeightsLoaded, "loaded", is_loaded),
-        (ConditionType::Serving, "serving", |instance| instance.ready),
-    ]
-    .map(|(kind, word, holds)| counted(&facts, kind, word, holds));
+        counted(&facts, ConditionType::Placed, "placed", is_placed),
+        counted(&facts, ConditionType::WeightsLoaded, "loaded", is_loaded),
+        counted(&facts, ConditionType::Serving, "serving", |instance| instance.ready),
+    ];
     let degraded = degraded(&facts);
     let ready = ready(&facts, &accepted, &capacity, &progress[2], &degraded);
     let rejected = checked.outcome.is_err();
