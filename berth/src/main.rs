@@ -33,6 +33,8 @@ struct Cli {
 enum Command {
     /// Watch this node's devices, run their workers, report and obey.
     Agent(agent::AgentArgs),
+    /// List what this machine has to compute with, and what is missing.
+    Devices(devices::Args),
     /// Generate text with a runner and workers on this machine.
     Generate(generate::Args),
     /// Check or measure the expert kernels of this machine.
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
     let Cli { command } = Cli::parse();
     let outcome: anyhow::Result<Verdict> = match command {
         Command::Agent(args) => agent::run(args),
+        Command::Devices(args) => devices::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Lab(args) => lab::run(args),

@@ -1,4 +1,5 @@
 //! `berth generate` as a user runs it: real worker processes, the reference's tokens, and workers that die.
+#![expect(clippy::unwrap_used, reason = "a test ends with what it did not expect")]
 
 use std::{
     io::{BufRead, BufReader, Read},
