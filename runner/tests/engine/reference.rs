@@ -1,4 +1,4 @@
-//! The model against the published implementation: `tests/data/reference/models/v3-tiny`.
+//! The model against the published implementation, and against an independent one where that has no model.
 
 use std::{
     collections::BTreeSet,
@@ -11,10 +11,16 @@ use serde_json::Value;
 
 use crate::tiny;
 
-fn folder() -> PathBuf {
+/// The published implementation's model, and shapes it does not cover from `make_shapes.py`; or what the variable names.
+fn folders() -> Vec<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     match std::env::var_os("BERTH_TEST_MODEL") {
-        Some(folder) => folder.into(),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/reference/models/v3-tiny"),
+        Some(folder) => vec![folder.into()],
+        None => vec![
+            here.join("../tests/data/reference/models/v3-tiny"),
+            here.join("tests/data/one-group-yarn"),
+            here.join("tests/data/tied-grouped"),
+        ],
     }
 }
 
@@ -22,16 +28,20 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| u32::try_from(id.as_u64().unwrap()).unwrap()).collect()
 }
 
-fn cases() -> Vec<Value> {
-    let note: Value = serde_json::from_slice(&std::fs::read(folder().join("reference.json")).unwrap()).unwrap();
+fn cases(folder: &Path) -> Vec<Value> {
+    let note: Value = serde_json::from_slice(&std::fs::read(folder.join("reference.json")).unwrap()).unwrap();
     note["cases"].as_array().unwrap().clone()
 }
 
 #[test]
 fn greedy_tokens_equal_the_reference() {
-    let loaded = tiny::load(&folder());
+    folders().iter().for_each(|folder| compare_tokens(folder));
+}
+
+fn compare_tokens(folder: &Path) {
+    let loaded = tiny::load(folder);
     let engine = tiny::engine(&loaded.model, Arc::new(loaded.local), 7);
-    for case in cases() {
+    for case in cases(folder) {
         let prompt = loaded.model.encode(case["text"].as_str().unwrap()).unwrap();
         assert_eq!(prompt, ids(&case["prompt_ids"]));
         let expected = ids(&case["greedy_ids"]);
@@ -44,17 +54,21 @@ fn greedy_tokens_equal_the_reference() {
 
 #[test]
 fn logits_and_chosen_experts_equal_the_reference() {
-    let loaded = tiny::load(&folder());
+    folders().iter().for_each(|folder| compare_logits(folder));
+}
+
+fn compare_logits(folder: &Path) {
+    let loaded = tiny::load(folder);
     let engine = tiny::engine(&loaded.model, Arc::new(loaded.local), 16);
-    let reference = Checkpoint::open_file(&folder().join("reference.safetensors")).unwrap();
-    for (index, case) in cases().iter().enumerate() {
+    let reference = Checkpoint::open_file(&folder.join("reference.safetensors")).unwrap();
+    for (index, case) in cases(folder).iter().enumerate() {
         let prompt = ids(&case["prompt_ids"]);
         let outcome = tiny::generate(&engine, &prompt, 1, true);
         assert_eq!(outcome.trace.len(), prompt.len());
         let logits = reference.vector(&format!("prompt{index}.logits")).unwrap();
         let ours: Vec<f32> = outcome.trace.iter().flat_map(|trace| trace.logits.clone()).collect();
         let worst = worst_in_deviations(&ours, &logits);
-        println!("prompt {index}: largest difference of a logit {worst:.2e} standard deviations");
+        println!("{}: prompt {index}: largest difference of a logit {worst:.2e} standard deviations", folder.display());
         assert!(worst < 1e-3, "{worst}");
         let name = format!("prompt{index}.experts");
         let chosen = reference.ints(&name).unwrap();
