@@ -9,4 +9,5 @@ mod crd_rules;
 mod kubelet;
 mod lifetime;
 mod operator;
+mod scheduler;
 mod surroundings;
