@@ -6,6 +6,7 @@
 mod chart;
 mod cluster;
 mod crd_rules;
+mod install;
 mod kubelet;
 mod lifetime;
 mod operator;

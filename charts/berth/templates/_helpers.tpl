@@ -262,12 +262,20 @@ spec:
       nodeSelector:
         {{- toYaml . | nindent 8 }}
       {{- end }}
-      {{- with $values.affinity }}
       affinity:
+        {{- with $values.affinity }}
         {{- toYaml . | nindent 8 }}
-      {{- end }}
-      {{- with $values.tolerations }}
+        {{- else }}
+        nodeAffinity:
+          preferredDuringSchedulingIgnoredDuringExecution:
+            - weight: 100
+              preference:
+                matchExpressions: [{key: berth.dev/mode, operator: NotIn, values: [native]}]
+        {{- end }}
       tolerations:
+        # Where every node hosts experts, there is no other place; elsewhere the affinity keeps away.
+        - {key: berth.dev/native, operator: Exists}
+        {{- with $values.tolerations }}
         {{- toYaml . | nindent 8 }}
-      {{- end }}
+        {{- end }}
 {{- end }}
