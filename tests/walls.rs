@@ -1,6 +1,8 @@
 //! The walls of the house: which crate may depend on which, over `cargo metadata`. A forbidden edge is
 //! named together with the path that makes it.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails it like the test itself")]
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use cargo_metadata::{DependencyKind, MetadataCommand, PackageId};
