@@ -28,8 +28,9 @@ use std::{
     time::Duration,
 };
 
-use berth_runtime::{Clock, Part, PartConfig, PartError};
+use berth_runtime::{Clock, Part, PartConfig, PartError, Tasks};
 use berth_types::NodeName;
+use futures::future::BoxFuture;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -78,9 +79,6 @@ pub enum AgentError {
     /// Reports could not be ordered.
     #[error("host facts: {0}")]
     Host(#[source] io::Error),
-    /// There is no way to the API server.
-    #[error("API server: {0}: give the pod a service account, or set KUBECONFIG")]
-    Api(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The part ended otherwise than asked.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -115,7 +113,7 @@ pub fn observe(
     clock: &Clock,
     metrics: &Metrics,
     stop: &CancellationToken,
-    mut spawn: impl FnMut(&'static str, futures::future::BoxFuture<'static, ()>),
+    mut spawn: impl FnMut(&'static str, BoxFuture<'static, ()>),
 ) -> io::Result<Observation> {
     let (facts, told) = Facts::line(FACT_ROOM);
     let bells = Bells::default();
@@ -143,12 +141,10 @@ pub fn observe(
 ///
 /// # Errors
 /// [`AgentError`].
-pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentError> {
+pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), AgentError> {
     let Config { node, admin_listen, scheduler_lease, kernel_log, nvml_library, pci_devices, worker } = config;
-    let clock = Clock::real();
     let host = Host::read().map_err(AgentError::Host)?;
     let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
-    let client = Client::try_default().await.map_err(|error| AgentError::Api(Box::new(error)))?;
     let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
     let part = Part::start(part, clock.clone(), stop).await?;
     let metrics = Metrics::register(&part.metrics);
@@ -161,82 +157,98 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), AgentErr
     });
     let nvml = WatchConfig { library: nvml_library, kernel_lists: host::nvidia_devices(&pci_devices), expected };
     let (log, _log_stop) = open_log(&kernel_log);
-    let eyes = Eyes { nvml, log, observer: None };
     // Workers end first; what tells of it stays until they have.
-    let stopping = part.tasks.stopping().clone();
-    let last = CancellationToken::new();
-    let observation = observe(eyes, &clock, &metrics, &last, |name, task| {
-        part.tasks.keep(name, async move {
-            task.await;
-            Ok::<_, Infallible>(())
-        });
-    })
-    .map_err(AgentError::Host)?;
-    let keep = |name: &'static str, task: futures::future::BoxFuture<'static, ()>| {
-        part.tasks.keep(name, async move {
-            task.await;
-            Ok::<_, Infallible>(())
-        });
-    };
-    let (wanted, see_wanted) = watch::channel(Wanted::default());
-    let (view, see_view) = watch::channel(View::default());
-    let (desired, see_desired) = watch::channel(Arc::<Desired>::default());
-    let (publish, published) = watch::channel(None);
-    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms };
-    keep(
-        "published",
-        Box::pin(publisher.run(observation.snapshots.clone(), see_wanted.clone(), publish, last.clone())),
-    );
-    let status = NodeStatus {
-        clock: clock.clone(),
-        client: client.clone(),
-        node: node.clone(),
-        published: published.clone(),
-        workers: see_view.clone(),
-        wanted,
-        metrics: metrics.clone(),
-    };
-    keep("node status", Box::pin(status.run(last.clone())));
-    let (namespace, name) = scheduler_lease;
-    let reporter = Reporter {
-        clock: clock.clone(),
-        node: node.clone(),
-        leader: Leader::Lease { client, namespace, name },
-        published: published.clone(),
-        workers: see_view,
-        desired,
-        metrics: metrics.clone(),
-    };
-    keep("report", Box::pin(reporter.run(last.clone())));
-    let workers = Workers {
-        clock: clock.clone(),
-        node,
-        config: worker,
-        snapshots: observation.snapshots.clone(),
-        wanted: see_wanted,
-        desired: see_desired,
-        facts: observation.facts,
-        view,
-        metrics,
-    };
-    let after = last.clone();
-    keep(
-        "workers",
-        Box::pin(async move {
-            workers.run(stopping.child_token()).await;
-            stopping.cancelled().await;
-            after.cancel();
-        }),
-    );
+    let organs = Organs { tasks: part.tasks.clone(), last: CancellationToken::new() };
+    let eyes = Eyes { nvml, log, observer: None };
+    let keep = |name, task| organs.keep(name, task);
+    let observation = observe(eyes, &clock, &metrics, &organs.last, keep).map_err(AgentError::Host)?;
     let ready = part.admin.check("devices");
-    let mut seen = observation.snapshots;
+    let mut seen = observation.snapshots.clone();
     part.tasks.spawn("ready", async move {
         if seen.wait_for(Option::is_some).await.is_ok() {
             ready.pass();
         }
         Ok::<_, Infallible>(())
     });
+    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms };
+    let speech = Speech { clock, node, client, scheduler_lease, metrics };
+    organs.join(speech, publisher, worker, observation);
     Ok(part.finish().await?)
+}
+
+/// The tasks of an agent, and the token of those that end last.
+struct Organs {
+    tasks: Tasks,
+    last: CancellationToken,
+}
+
+/// What is needed to talk to the cluster.
+struct Speech {
+    clock: Clock,
+    node: NodeName,
+    client: Client,
+    scheduler_lease: (String, String),
+    metrics: Metrics,
+}
+
+impl Organs {
+    fn keep(&self, name: &'static str, task: BoxFuture<'static, ()>) {
+        self.tasks.keep(name, async move {
+            task.await;
+            Ok::<_, Infallible>(())
+        });
+    }
+
+    /// Joins what watches, what speaks and what works by watch channels.
+    fn join(&self, speech: Speech, publisher: Publisher, worker: WorkerConfig, observation: Observation) {
+        let Speech { clock, node, client, scheduler_lease: (namespace, name), metrics } = speech;
+        let Observation { snapshots, facts } = observation;
+        let (wanted, see_wanted) = watch::channel(Wanted::default());
+        let (view, see_view) = watch::channel(View::default());
+        let (desired, see_desired) = watch::channel(Arc::<Desired>::default());
+        let (publish, published) = watch::channel(None);
+        let last = &self.last;
+        let publishing = publisher.run(snapshots.clone(), see_wanted.clone(), publish, last.clone());
+        self.keep("published", Box::pin(publishing));
+        let status = NodeStatus {
+            clock: clock.clone(),
+            client: client.clone(),
+            node: node.clone(),
+            published: published.clone(),
+            workers: see_view.clone(),
+            wanted,
+            metrics: metrics.clone(),
+        };
+        self.keep("node status", Box::pin(status.run(last.clone())));
+        let reporter = Reporter {
+            clock: clock.clone(),
+            node: node.clone(),
+            leader: Leader::Lease { client, namespace, name },
+            published,
+            workers: see_view,
+            desired,
+            metrics: metrics.clone(),
+        };
+        self.keep("report", Box::pin(reporter.run(last.clone())));
+        let workers = Workers {
+            clock,
+            node,
+            config: worker,
+            snapshots,
+            wanted: see_wanted,
+            desired: see_desired,
+            facts,
+            view,
+            metrics,
+        };
+        let (stopping, last) = (self.tasks.stopping().clone(), last.clone());
+        let working = async move {
+            workers.run(stopping.child_token()).await;
+            stopping.cancelled().await;
+            last.cancel();
+        };
+        self.keep("workers", Box::pin(working));
+    }
 }
 
 /// The kernel log; an agent that may not read it goes on by polling, and says so.

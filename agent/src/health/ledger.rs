@@ -311,8 +311,9 @@ impl Ledger {
                 said.evidence = evidence;
                 continue;
             }
-            // A state that bars is never held back.
-            if !said.may(now) && state.admission <= said.state.admission {
+            // That nothing may stay on a device is never held back.
+            let bars = state.admission == Admission::Barred && said.state.admission != Admission::Barred;
+            if !said.may(now) && !bars {
                 continue;
             }
             said.recent.push_back(now);

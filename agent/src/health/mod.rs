@@ -12,3 +12,6 @@ pub mod log;
 pub mod nvlink;
 pub mod nvrm;
 pub mod tail;
+
+#[cfg(test)]
+mod ledger_tests;

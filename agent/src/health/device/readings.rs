@@ -28,17 +28,14 @@ impl Device {
             return self.decide_waiting(now, effects);
         }
         self.sight(now, reading);
-        let silent = reading.blind().is_some();
-        if !silent && !self.replaying {
-            self.answers(now);
-        }
-        self.read_recovery(now, reading);
         self.read_memory(now, reading);
         self.read_heat_and_power(now, reading);
         self.read_fabric(now, reading);
         self.last = Some(reading.clone());
-        self.decide_waiting(now, effects);
         self.hold(now);
+        // Last, so that the driver's wish joins what is left and not what this reading just ended.
+        self.read_recovery(now, reading);
+        self.decide_waiting(now, effects);
         self.come_back(now);
     }
 
@@ -54,9 +51,6 @@ impl Device {
             None => self.end(Reason::AgentBlind, Origin::Vendor),
         }
     }
-
-    /// A device that answers again after a loss still has to pass its probe.
-    fn answers(&mut self, _now: Duration) {}
 
     fn read_recovery(&mut self, now: Duration, reading: &Reading) {
         if reading.reset_required {

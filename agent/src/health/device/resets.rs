@@ -38,7 +38,8 @@ impl Device {
         let stays = latched.is_some_and(|wish| wish.phase != Phase::Active || reset_began(wish.since));
         for reason in [Reason::ResetRequired, Reason::FabricDegraded, Reason::UnknownFault] {
             let wanted = row.is_some_and(|row| row.reason == reason);
-            if !wanted && !(reason == Reason::ResetRequired && stays) {
+            let stays = reason == Reason::ResetRequired && stays;
+            if !wanted && !stays {
                 self.end(reason, Origin::Recovery);
             }
         }
@@ -133,7 +134,8 @@ impl Device {
             .filter(|(_, condition)| {
                 let probed = condition.clears == Clears::Probe
                     || (condition.clears == Clears::ReadingHeld && condition.words.action == Action::RestartWorkload);
-                probed && !matches!(condition.phase, Phase::Probation(_))
+                // What came after the probe was not probed.
+                probed && condition.last <= validated && !matches!(condition.phase, Phase::Probation(_))
             })
             .map(|(key, _)| *key)
             .collect();
