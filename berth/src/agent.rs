@@ -5,7 +5,7 @@ use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf};
 use anyhow::Context;
 use berth_agent::{Config, workers::WorkerConfig};
 use berth_runtime::{
-    shutdown,
+    Clock, shutdown,
     telemetry::{self, LogFormat},
 };
 use berth_types::{Bytes, NodeName};
@@ -106,7 +106,10 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let stop = shutdown::on_signals()?;
-        berth_agent::run(config, stop).await?;
+        let client = kube::Client::try_default()
+            .await
+            .context("API server: give the pod a service account, or set KUBECONFIG")?;
+        berth_agent::run(config, client, Clock::real(), stop).await?;
         anyhow::Ok(())
     })?;
     Ok(Verdict::Pass)

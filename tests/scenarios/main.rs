@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a scenario fails it like the scenario itself")]
 
+mod agent;
 mod chart;
 mod cluster;
 mod crd_rules;
@@ -10,5 +11,4 @@ mod install;
 mod kubelet;
 mod lifetime;
 mod operator;
-mod scheduler;
 mod surroundings;

@@ -3,8 +3,6 @@
 
 mod node;
 mod placement;
-#[cfg(test)]
-mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

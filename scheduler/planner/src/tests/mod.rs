@@ -1,7 +1,6 @@
 //! What must hold of every plan, whatever the problem.
 
 mod fixtures;
-mod golden;
 
 use std::collections::BTreeSet;
 
