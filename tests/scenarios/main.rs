@@ -11,4 +11,5 @@ mod install;
 mod kubelet;
 mod lifetime;
 mod operator;
+mod scheduler;
 mod surroundings;

@@ -34,7 +34,7 @@ pub enum Infeasible {
     },
     /// The declared number of devices is not there.
     #[error(
-        "{wanted} devices are wanted and {usable} are usable: {missing} missing; add devices or lower spec.devices.perInstance"
+        "{wanted} devices are wanted and {usable} are usable: {missing} missing; add devices, have more granted, or lower spec.devices.perInstance"
     )]
     DevicesShort {
         /// Devices wanted.
@@ -361,14 +361,16 @@ impl Search<'_> {
         let wanted = self.wanted_slots(picked.len()).min(room.iter().sum());
         let mut slots = apportion(wanted, &devices, &room);
         while !enough(&slots) {
-            // A domain with more slots than experts gives one to a domain with fewer.
+            // A domain with more slots than experts gives one to a domain with fewer: its fullest device to
+            // the emptiest there.
             let sums = by_domain(&slots);
             let sum = |at: &usize| sums.get(devices.get(*at)?.failure_domain(self.level)).copied();
+            let full = |at: &usize| (sum(at), slots.get(*at).copied(), std::cmp::Reverse(*at));
             let from =
-                (0..slots.len()).filter(|at| sum(at) > Some(experts) && slots.get(*at) > Some(&0)).max_by_key(sum)?;
+                (0..slots.len()).filter(|at| sum(at) > Some(experts) && slots.get(*at) > Some(&0)).max_by_key(full)?;
             let to = (0..slots.len())
                 .filter(|at| sum(at) < Some(experts) && slots.get(*at) < room.get(*at))
-                .min_by_key(sum)?;
+                .min_by_key(|at| (sum(at), slots.get(*at).copied(), *at))?;
             *slots.get_mut(from)? -= 1;
             *slots.get_mut(to)? += 1;
         }

@@ -3,6 +3,8 @@
 
 mod node;
 mod placement;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

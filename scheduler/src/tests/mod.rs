@@ -26,7 +26,7 @@ async fn a_lost_device_is_told_to_runners_replaced_and_freed() {
     runner.use_revision(1, 1).await;
 
     let lost = one.lose(0).await;
-    assert_eq!(runner.gone().await, [lost.clone()], "runners are told before the repair is planned");
+    assert_eq!(runner.gone().await, std::slice::from_ref(&lost), "runners are told before the repair is planned");
     one.obey_until(|desired| desired.revisions() == [1, 2]).await;
     two.obey_until(|desired| desired.revisions() == [1, 2]).await;
     let routes = runner.routes_of(2).await;

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_types::{Bytes, DeviceId, ExpertId, LayerId, memory::USABLE_PERCENT};
+use berth_types::{Bytes, DeviceId, ExpertId, LayerId};
 
 use crate::{
     gang::Infeasible,
@@ -92,7 +92,7 @@ fn rooms(problem: &Problem, held: &Held, devices: usize) -> BTreeMap<DeviceId, u
     let room = |device: &crate::problem::Device| {
         let expert = problem.instance.expert_bytes(device.vendor);
         let memory = problem.instance.memory(device, devices);
-        let usable = memory.device.scaled(USABLE_PERCENT, 100).minus(memory.workspace).minus(memory.committed);
+        let usable = memory.room();
         let full = expert.times(num::count(held.get(&device.id).map_or(0, BTreeSet::len)));
         usable.minus(full).get().checked_div(expert.get()).unwrap_or(u64::MAX)
     };

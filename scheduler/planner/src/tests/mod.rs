@@ -1,6 +1,7 @@
 //! What must hold of every plan, whatever the problem.
 
 mod fixtures;
+mod golden;
 
 use std::collections::BTreeSet;
 
