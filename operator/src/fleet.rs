@@ -116,22 +116,25 @@ fn of_pool(
     let copies: u64 = if redundancy.survive == Survive::None { 1 } else { 2 };
     let needed = experts * copies + u64::from(redundancy.extra_replicas);
     let floor = usize::try_from(copies).unwrap_or(2).max(blast_floor(choice));
-    // A device holds each expert of a layer once, and a domain that may be lost counts each once too.
-    let mut slots: Vec<(u64, &str)> = pool.iter().map(|d| (slots_of(profile, d), domain(d, redundancy))).collect();
-    slots.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(b.1)));
     if let Some(count) = choice.per_instance {
         let wanted = usize::try_from(count).unwrap_or(usize::MAX);
-        slots.truncate(wanted);
+        let slots = slots_of(profile, redundancy, pool, wanted);
         return match enough(&slots, experts, needed) && pool.len() >= wanted && wanted >= floor {
             true => Ok(count),
             false => Err(short(pool, needed, &slots, Some(count))),
         };
     }
-    let fits = |count: usize| count >= floor && enough(slots.get(..count).unwrap_or(&slots), experts, needed);
-    match (1..=slots.len()).find(|count| fits(*count)) {
-        Some(count) => Ok(u32::try_from(count).unwrap_or(u32::MAX)),
-        None => Err(short(pool, needed, &slots, None)),
+    let fits = |count: usize| count >= floor && enough(&slots_of(profile, redundancy, pool, count), experts, needed);
+    if pool.is_empty() || !fits(pool.len()) {
+        return Err(short(pool, needed, &slots_of(profile, redundancy, pool, pool.len()), None));
     }
+    // More devices never fit less: each has to keep a smaller share for the runner.
+    let (mut most, mut least) = (pool.len(), 1);
+    while least < most {
+        let middle = least.midpoint(most);
+        if fits(middle) { most = middle } else { least = middle + 1 }
+    }
+    Ok(u32::try_from(most).unwrap_or(u32::MAX))
 }
 
 fn blast_floor(choice: &DeviceChoice) -> usize {
@@ -147,11 +150,42 @@ fn domain<'a>(device: &'a FleetDevice, redundancy: &Redundancy) -> &'a str {
     }
 }
 
-fn slots_of(profile: &ModelProfileSpec, device: &FleetDevice) -> u64 {
-    let format = profile.vendor_formats.get(&device.vendor).copied().unwrap_or(profile.geometry.format);
-    let expert = profile.geometry.expert_bytes(format);
-    let memory = DeviceMemory { device: device.memory, workspace: Bytes::ZERO, committed: Bytes::ZERO };
-    memory.slots_per_layer(&profile.geometry, expert).unwrap_or(0).min(u64::from(profile.geometry.experts))
+/// Cache for one sequence of the longest context that the profile allows, and never so little that a small
+/// model could not serve several at once.
+#[must_use]
+pub fn kv_budget(profile: &ModelProfileSpec) -> Bytes {
+    const LEAST: Bytes = Bytes(64 << 20);
+    profile.kv_bytes_per_token.times(profile.context).plus(profile.kv_fixed_bytes_per_sequence).max(LEAST)
+}
+
+/// Slots per layer and failure domain of the `count` devices that an instance would take: the largest of
+/// each domain first, then the second largest. As the planner does, each keeps its share of the bytes that
+/// are not routed experts, and holds each expert of a layer once.
+fn slots_of<'a>(
+    profile: &ModelProfileSpec,
+    redundancy: &Redundancy,
+    pool: &[&'a FleetDevice],
+    count: usize,
+) -> Vec<(u64, &'a str)> {
+    let reserve = profile.non_expert_bytes.plus(kv_budget(profile));
+    let share = Bytes(reserve.get().div_ceil(u64::try_from(count.max(1)).unwrap_or(u64::MAX)));
+    let room = |device: &FleetDevice| {
+        let format = profile.vendor_formats.get(&device.vendor).copied().unwrap_or(profile.geometry.format);
+        let expert = profile.geometry.expert_bytes(format);
+        let memory = DeviceMemory { device: device.memory, workspace: share, committed: Bytes::ZERO };
+        memory.slots_per_layer(&profile.geometry, expert).unwrap_or(0).min(u64::from(profile.geometry.experts))
+    };
+    let mut slots: Vec<(u64, &str)> = pool.iter().map(|device| (room(device), domain(device, redundancy))).collect();
+    slots.sort_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(b.1)));
+    let mut taken: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut ranked: Vec<(usize, (u64, &str))> = Vec::with_capacity(slots.len());
+    for slot in slots {
+        let rank = taken.entry(slot.1).or_default();
+        ranked.push((*rank, slot));
+        *rank += 1;
+    }
+    ranked.sort_by_key(|(rank, _)| *rank);
+    ranked.into_iter().take(count).map(|(_, slot)| slot).collect()
 }
 
 fn enough(slots: &[(u64, &str)], experts: u64, needed: u64) -> bool {
@@ -213,7 +247,9 @@ pub(crate) mod tests {
     /// A device with room for `slots` slots per layer of [`profile`].
     pub(crate) fn device(node: &str, slots: u64) -> FleetDevice {
         let expert = profile().geometry.expert_bytes(WeightFormat::Bf16).get();
-        let memory = Bytes((expert * 3 * slots + expert * 2) * 100 / 92 + 64);
+        // Room for the whole reserve, so that the number of devices does not matter to these tests.
+        let reserve = profile().non_expert_bytes.plus(kv_budget(&profile())).get();
+        let memory = Bytes((expert * 3 * slots + reserve) * 100 / 90 + 64);
         FleetDevice {
             vendor: Vendor::Nvidia,
             product: "h200".to_owned(),
@@ -242,7 +278,7 @@ pub(crate) mod tests {
         let choice = DeviceChoice::default();
         assert!(devices_needed(&profile(), &choice, &survive(Survive::Node), &alone).is_err());
         let two = [device("a", 16), device("a", 16), device("b", 16)];
-        assert_eq!(devices_needed(&profile(), &choice, &survive(Survive::Node), &two), Ok(3));
+        assert_eq!(devices_needed(&profile(), &choice, &survive(Survive::Node), &two), Ok(2));
     }
 
     #[test]
@@ -250,6 +286,21 @@ pub(crate) mod tests {
         let short = devices_needed(&profile(), &DeviceChoice::default(), &survive(Survive::None), &[device("a", 8)]);
         let message = short.unwrap_err().message;
         assert!(message.contains("needs 16 slots per layer") && message.contains("have 8"), "{message}");
+    }
+
+    #[test]
+    fn what_the_runner_needs_is_kept_free_on_the_devices() {
+        let mut heavy = profile();
+        let fleet: Vec<_> = (0..4).map(|_| device("a", 16)).collect();
+        let need = |profile: &ModelProfileSpec| {
+            devices_needed(profile, &DeviceChoice::default(), &survive(Survive::None), &fleet)
+        };
+        assert_eq!(need(&heavy), Ok(1));
+        // With the least cache nearly two devices' memory: half of it fits no device, a third does.
+        heavy.non_expert_bytes = fleet[0].memory;
+        assert_eq!(need(&heavy), Ok(3));
+        heavy.non_expert_bytes = fleet[0].memory.times(5);
+        assert!(need(&heavy).is_err());
     }
 
     #[test]

@@ -10,6 +10,8 @@ use berth_types::Bytes;
 use k8s_openapi::{api::apps::v1::Deployment, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{Resource, ResourceExt, api::ObjectMeta};
 
+use crate::fleet::kv_budget;
+
 use super::{
     dereference::Dereferenced,
     rollout::{Instance, SERVE_PORT, Steps, observe, roll},
@@ -18,8 +20,6 @@ use super::{
 
 /// Port of the runner's admin endpoints.
 const ADMIN_PORT: u16 = 8081;
-/// Least cache of a runner.
-const LEAST_CACHE: Bytes = Bytes(64 << 20);
 /// What a runner needs besides weights and cache.
 const PROGRAM: Bytes = Bytes(64 << 20);
 
@@ -87,7 +87,7 @@ pub fn build(found: &Dereferenced, checked: &Checked, config: &RunnerConfig) -> 
     let wanted = all
         .map(|(index, live)| {
             let placement = placement(found, accepted, index, live);
-            let runner = runner(found, accepted, config, &placement);
+            let runner = runner(found, config, &placement);
             Wanted { placement, runner }
         })
         .collect();
@@ -150,7 +150,7 @@ fn placement(
             geometry: profile.geometry.clone(),
             vendor_formats: profile.vendor_formats.clone(),
             non_expert_bytes: profile.non_expert_bytes,
-            kv_budget_bytes: kv_budget(accepted),
+            kv_budget_bytes: kv_budget(profile),
             weights: spec.weights.clone(),
             devices: spec.devices.clone(),
             redundancy: spec.redundancy.clone(),
@@ -160,13 +160,6 @@ fn placement(
         },
         status: None,
     }
-}
-
-/// Cache for one sequence of the longest context that the profile allows, and never so little that a small
-/// model could not serve several at once.
-fn kv_budget(accepted: &Accepted) -> Bytes {
-    let profile = &accepted.profile.spec;
-    profile.kv_bytes_per_token.times(profile.context).plus(profile.kv_fixed_bytes_per_sequence).max(LEAST_CACHE)
 }
 
 /// Bytes as Kubernetes prints them back: the largest binary suffix that divides them, rounded up to MiB.
@@ -179,7 +172,7 @@ fn quantity(bytes: Bytes) -> String {
     }
 }
 
-fn runner(found: &Dereferenced, accepted: &Accepted, config: &RunnerConfig, placement: &ExpertPlacement) -> Deployment {
+fn runner(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement) -> Deployment {
     let name = placement.name_any();
     let labels = placement.labels().clone();
     let selector: BTreeMap<_, _> = [(LABEL_PLACEMENT.to_owned(), name.clone())].into();
@@ -190,7 +183,7 @@ fn runner(found: &Dereferenced, accepted: &Accepted, config: &RunnerConfig, plac
         "selector": {"matchLabels": selector},
         "template": {
             "metadata": {"labels": labels},
-            "spec": pod(found, accepted, config, placement),
+            "spec": pod(found, config, placement),
         },
     });
     Deployment {
@@ -201,12 +194,7 @@ fn runner(found: &Dereferenced, accepted: &Accepted, config: &RunnerConfig, plac
     }
 }
 
-fn pod(
-    found: &Dereferenced,
-    accepted: &Accepted,
-    config: &RunnerConfig,
-    placement: &ExpertPlacement,
-) -> serde_json::Value {
+fn pod(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement) -> serde_json::Value {
     let roots: Vec<String> = config.roots.0.iter().map(|root| root.display().to_string()).collect();
     let volumes: Vec<_> = roots
         .iter()
@@ -222,7 +210,7 @@ fn pod(
             serde_json::json!({"name": format!("weights-{index}"), "mountPath": root, "readOnly": true})
         })
         .collect();
-    let memory = placement.spec.non_expert_bytes.plus(kv_budget(accepted)).plus(PROGRAM);
+    let memory = placement.spec.non_expert_bytes.plus(placement.spec.kv_budget_bytes).plus(PROGRAM);
     let probe = |path: &str, period: u32, failures: u32| {
         serde_json::json!({"httpGet": {"path": path, "port": "admin"}, "periodSeconds": period,
                            "timeoutSeconds": 3, "failureThreshold": failures})
