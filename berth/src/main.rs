@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod agent;
+mod bench;
 mod devices;
 mod fleet;
 mod generate;
@@ -35,6 +36,8 @@ enum Command {
     Agent(agent::AgentArgs),
     /// List what this machine has to compute with, and what is missing.
     Devices(devices::Args),
+    /// Measure the controllers' own code.
+    Bench(bench::BenchArgs),
     /// Generate text with a runner and workers on this machine.
     Generate(generate::Args),
     /// Check or measure the expert kernels of this machine.
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
     let outcome: anyhow::Result<Verdict> = match command {
         Command::Agent(args) => agent::run(args),
         Command::Devices(args) => devices::run(&args),
+        Command::Bench(args) => bench::run(args),
         Command::Generate(args) => generate::run(&args),
         Command::Kernels(args) => kernels::run(&args),
         Command::Lab(args) => lab::run(args),

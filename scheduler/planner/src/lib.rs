@@ -3,6 +3,7 @@
 //! No I/O, no clock, no randomness but a seed, no map whose order changes between runs: the same problem
 //! gives the same plan on every machine. See the README for the mathematics.
 
+pub mod bench;
 pub mod check;
 pub mod experts;
 pub mod gang;

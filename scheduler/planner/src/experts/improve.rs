@@ -109,6 +109,11 @@ fn copy_time(board: &Board<'_>, expert: usize, held: usize, device: usize, copie
     if others < 2 || held == expert || board.domains(held, Some(device), None) < copies {
         return None;
     }
+    // A copy more is worth little where the expert's node is lost with all of them.
+    let elsewhere = board.sites.iter().any(|site| board.sites.first().is_some_and(|first| first.node != site.node));
+    if elsewhere && board.nodes(expert, None, Some(device)) < 2 {
+        return None;
+    }
     if board.nodes(held, Some(device), None) < board.nodes(held, None, None).min(2).min(others - 1) {
         return None;
     }

@@ -1,0 +1,152 @@
+//! `berth bench`: doors to benchmarks of the controllers' own code. Reads files, measures time, writes
+//! what the library answers.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use berth_planner::bench::{Case, Manifest, Mode, Options, WindowResult, run as solve};
+use berth_runtime::Clock;
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use crate::{
+    output::{say, write_json},
+    verdict::Verdict,
+};
+
+/// Measure the controllers' own code.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum BenchCommand {
+    /// Place experts for recorded loads, window by window.
+    Placement(PlacementArgs),
+}
+
+#[derive(Debug, Args)]
+struct PlacementArgs {
+    /// File of cases.
+    #[arg(long)]
+    manifest: PathBuf,
+    /// Folder of the cases' loads, ID.u32le each.
+    #[arg(long)]
+    data: PathBuf,
+    /// Only this case.
+    #[arg(long)]
+    case: Option<String>,
+    /// Write each case's plans here, as ID.plan.u16le.
+    #[arg(long)]
+    plans: Option<PathBuf>,
+    /// Threads; plans do not depend on it.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Which loads a window's plan may use: its own (oracle) or those before it (forecast).
+    #[arg(long, value_enum, default_value = "oracle")]
+    mode: ModeArg,
+    /// Work per layer, the same on every machine.
+    #[arg(long, value_enum, default_value = "default")]
+    effort: Effort,
+    /// Write the results here as one JSON document.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ModeArg {
+    Oracle,
+    Forecast,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Effort {
+    Fast,
+    Default,
+    Best,
+}
+
+impl Effort {
+    /// Work units per layer.
+    const fn units(self) -> u64 {
+        match self {
+            Self::Fast => 20_000,
+            Self::Default => 200_000,
+            Self::Best => 5_000_000,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Report {
+    results: Vec<WindowResult>,
+}
+
+/// Runs the benchmark; bad input is an error.
+pub(crate) fn run(args: BenchArgs) -> anyhow::Result<Verdict> {
+    match args.command {
+        BenchCommand::Placement(args) => placement(&args),
+    }
+}
+
+fn placement(args: &PlacementArgs) -> anyhow::Result<Verdict> {
+    let PlacementArgs { manifest, data, case, plans, threads, mode, effort, json } = args;
+    let text =
+        std::fs::read_to_string(manifest).with_context(|| format!("reading --manifest {}", manifest.display()))?;
+    let cases: Manifest =
+        serde_json::from_str(&text).with_context(|| format!("reading --manifest {}", manifest.display()))?;
+    let cases: Vec<Case> =
+        cases.cases.into_iter().filter(|known| case.as_ref().is_none_or(|wanted| known.id == *wanted)).collect();
+    if let (Some(wanted), true) = (case, cases.is_empty()) {
+        anyhow::bail!("--case {wanted}: {} has no such case", manifest.display());
+    }
+    if let Some(folder) = plans {
+        std::fs::create_dir_all(folder).with_context(|| format!("making --plans {}", folder.display()))?;
+    }
+    let mode = match mode {
+        ModeArg::Oracle => Mode::Oracle,
+        ModeArg::Forecast => Mode::Forecast,
+    };
+    let options = Options { mode, effort: effort.units(), threads: *threads };
+    let mut results = Vec::new();
+    for case in &cases {
+        let solved = solve_case(case, data, plans.as_deref(), options)?;
+        summarise(case, &solved)?;
+        results.extend(solved);
+    }
+    write_json(json.as_deref(), &Report { results })?;
+    Ok(Verdict::Pass)
+}
+
+fn solve_case(case: &Case, data: &Path, plans: Option<&Path>, options: Options) -> anyhow::Result<Vec<WindowResult>> {
+    let path = data.join(format!("{}.u32le", case.id));
+    let loads = std::fs::read(&path).with_context(|| format!("case {}: reading {}", case.id, path.display()))?;
+    let clock = Clock::real();
+    let stopwatch = || Duration::as_secs_f64(&clock.now());
+    let (results, plan) = solve(case, &loads, options, stopwatch)?;
+    if let Some(folder) = plans {
+        let path = folder.join(format!("{}.plan.u16le", case.id));
+        std::fs::write(&path, plan).with_context(|| format!("case {}: writing {}", case.id, path.display()))?;
+    }
+    Ok(results)
+}
+
+fn summarise(case: &Case, results: &[WindowResult]) -> anyhow::Result<()> {
+    let windows = f64::from(u32::try_from(results.len())?.max(1));
+    let mean = |of: fn(&WindowResult) -> f64| results.iter().map(of).sum::<f64>() / windows;
+    let moved: u64 = results.iter().map(|result| result.moved_replicas).sum();
+    say(&format!(
+        "{:<36} {:>3} windows  balancedness {:.4}  makespan {:.4}  moved {moved:>6}  {:.1} ms a window",
+        case.id,
+        results.len(),
+        mean(|result| result.balancedness),
+        mean(|result| result.makespan),
+        mean(|result| result.seconds) * 1000.0
+    ))?;
+    Ok(())
+}
