@@ -126,6 +126,9 @@ impl Workers {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut running: BTreeMap<Local, CancellationToken> = BTreeMap::new();
         let mut tending: JoinSet<Local> = JoinSet::new();
+        if self.config.roots.is_empty() {
+            tracing::warn!("no folder for weights is allowed (BERTH_WEIGHTS_ROOTS): this node hosts nothing");
+        }
         loop {
             let devices = self.due();
             running.retain(|local, ends| {
@@ -172,7 +175,6 @@ impl Workers {
         let snapshot = self.snapshots.borrow_and_update().clone();
         let Some(snapshot) = snapshot.filter(|_| native) else { return BTreeMap::new() };
         if self.config.roots.is_empty() {
-            tracing::warn!("no folder for weights is allowed (BERTH_WEIGHTS_ROOTS): this node hosts nothing");
             return BTreeMap::new();
         }
         // A device nobody could ask has no memory that could be promised.

@@ -35,7 +35,7 @@ pub(crate) struct AgentArgs {
     #[arg(long, env = "BERTH_POD_IP")]
     pod_ip: std::net::IpAddr,
     /// Where to serve probes and metrics
-    #[arg(long, env = "BERTH_ADMIN_LISTEN", default_value = "0.0.0.0:8082")]
+    #[arg(long, env = "BERTH_ADMIN_LISTEN", default_value = "127.0.0.1:8082")]
     admin_listen: SocketAddr,
     /// The scheduler's Lease, <namespace>/<name>
     #[arg(long, env = "BERTH_SCHEDULER_LEASE")]

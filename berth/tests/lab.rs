@@ -1,5 +1,7 @@
 //! `berth lab node` over the fault scripts of `tests/data/scenarios/faults`, through the binary.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test fails it like the test itself")]
+
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},

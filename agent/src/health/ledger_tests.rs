@@ -147,6 +147,29 @@ fn a_wish_that_the_driver_takes_back_without_a_reset_is_gone() {
 }
 
 #[test]
+fn a_fault_after_the_probe_is_not_forgiven_by_it() {
+    let mut ledger = started();
+    take(&mut ledger, 1, xid(48, None));
+    take(&mut ledger, 1_000, What::Reset(ResetStep::Done));
+    // The probe passed, but the reading that would confirm it shows a new fault.
+    take(&mut ledger, 2_000, What::Validated(true));
+    take(&mut ledger, 2_100, xid(79, None));
+    take(&mut ledger, 2_200, What::Reading(Box::new(reading(ms(2_200)))));
+    assert_eq!((state(&ledger).reason, state(&ledger).admission), (Some(Reason::DeviceLost), Admission::Barred));
+}
+
+#[test]
+fn the_driver_s_wish_outlives_the_cause_it_had_joined() {
+    let mut ledger = started();
+    let rows = |pending| Read::Value(Rows { pending, failed: false });
+    take(&mut ledger, 1, What::Reading(Box::new(Reading { rows: rows(true), ..reading(ms(1)) })));
+    take(&mut ledger, 1_000, What::Reset(ResetStep::Done));
+    let wish = Reading { recovery: Read::Value(1), rows: rows(false), ..reading(ms(1_100)) };
+    take(&mut ledger, 1_100, What::Reading(Box::new(wish)));
+    assert_eq!((state(&ledger).reason, state(&ledger).admission), (Some(Reason::ResetRequired), Admission::Barred));
+}
+
+#[test]
 fn an_event_waits_for_the_line_that_knows_the_process() {
     let mut ledger = started();
     let event = What::Xid(Xid {

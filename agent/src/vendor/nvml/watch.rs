@@ -216,6 +216,7 @@ struct Listener {
 
 impl Listener {
     fn run(self, events: &Events) {
+        let mut refused = None;
         loop {
             let waited = events.wait(EVENT_WAIT_MS);
             // A double that keeps discrete time hands its guard over; a real library has none.
@@ -224,7 +225,9 @@ impl Listener {
                 Waited::Event(event) => self.locals.get(event.target).map(|local| fact_of(local, &event)),
                 Waited::Nothing => None,
                 Waited::Refused(code) => {
-                    tracing::warn!(code, "waiting for NVML events");
+                    if refused.replace(code) != Some(code) {
+                        tracing::warn!(code, "waiting for NVML events");
+                    }
                     // A lost device can be what the refusal means.
                     self.bells.ring_all();
                     guard.block_until(self.clock.now().saturating_add(READ_LIMIT));
