@@ -21,6 +21,8 @@ use crate::{ControlPlane, Error, ProcessKubelet, Result};
 pub const NAMESPACE: &str = "berth-system";
 /// Simulated nodes.
 pub const NODES: usize = 2;
+/// A node without accelerators: native nodes are tainted, so the control plane's pods need another.
+const PLAIN: &str = "cpu-01";
 /// PCI addresses of each node's devices.
 const DEVICES: [&str; 2] = ["0000:3b:00.0", "0000:5e:00.0"];
 /// Memory of each simulated device, bytes.
@@ -64,7 +66,7 @@ impl Cluster {
         fs::create_dir_all(&folder).map_err(Error::file("make", &folder))?;
         let nodes = (1..=NODES).map(|number| DeviceNode::make(&folder, number)).collect::<Result<Vec<_>>>()?;
         let kubelet = KubeletConfig {
-            nodes: nodes.iter().map(|node| node.simulated(&double)).collect(),
+            nodes: nodes.iter().map(|node| node.simulated(&double)).chain([SimulatedNode::named(PLAIN)]).collect(),
             images: BTreeMap::from([("berth:dev".to_owned(), berth.clone())]),
             ..KubeletConfig::default()
         };
