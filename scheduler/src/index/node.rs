@@ -282,7 +282,8 @@ impl Node {
         let leaving = admission == Admission::Draining
             || wishes.drain
             || wishes.cordoned.contains(device)
-            || (self.reachable() && !(wishes.native && self.hosting));
+            // What the agent said at its hello is older than the object: only without one does it count.
+            || (self.reachable() && !wishes.native);
         if leaving {
             Standing::Leaving
         } else if self.reachable() && self.serves(device) {

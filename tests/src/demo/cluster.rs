@@ -37,6 +37,8 @@ pub struct Cluster {
     client: Client,
     nodes: Vec<DeviceNode>,
     berth: PathBuf,
+    /// Folder of every node that weights lie in.
+    weights: PathBuf,
     // Dropped in this order: pods end before the API server does.
     kubelet: ProcessKubelet,
     plane: ControlPlane,
@@ -51,11 +53,13 @@ struct DeviceNode {
 }
 
 impl Cluster {
-    /// Starts everything below Berth: control plane and nodes.
+    /// Starts everything below Berth: control plane and nodes. Weights may lie beside the checkpoint.
     ///
     /// # Errors
     /// When a process or node does not start; the error names its log.
     pub async fn start(options: &Options) -> Result<Self> {
+        let checkpoint = options.checkpoint.canonicalize().map_err(Error::file("find", &options.checkpoint))?;
+        let weights = checkpoint.parent().unwrap_or(&checkpoint).to_owned();
         let config = ControlPlaneConfig::named(&options.name);
         let plane = match &options.kubeconfig {
             Some(kubeconfig) => ControlPlane::attach(config, kubeconfig).await?,
@@ -65,13 +69,18 @@ impl Cluster {
         let folder = plane.dir().join("devices");
         fs::create_dir_all(&folder).map_err(Error::file("make", &folder))?;
         let nodes = (1..=NODES).map(|number| DeviceNode::make(&folder, number)).collect::<Result<Vec<_>>>()?;
+        let mut simulated: Vec<_> = nodes.iter().map(|node| node.simulated(&double)).collect();
+        simulated.push(SimulatedNode::named(PLAIN));
+        for node in &mut simulated {
+            node.host_paths.insert(weights.clone(), weights.clone());
+        }
         let kubelet = KubeletConfig {
-            nodes: nodes.iter().map(|node| node.simulated(&double)).chain([SimulatedNode::named(PLAIN)]).collect(),
+            nodes: simulated,
             images: BTreeMap::from([("berth:dev".to_owned(), berth.clone())]),
             ..KubeletConfig::default()
         };
         let kubelet = ProcessKubelet::start(&plane, kubelet).await?;
-        Ok(Self { client: plane.client()?, nodes, berth, kubelet, plane })
+        Ok(Self { client: plane.client()?, nodes, berth, weights, kubelet, plane })
     }
 
     /// A client with all rights.
@@ -100,13 +109,12 @@ impl Cluster {
         self.plane.kubectl(args).await
     }
 
-    /// Installs the chart; weights may lie beside `checkpoint`.
+    /// Installs the chart.
     ///
     /// # Errors
     /// When a part does not become ready in time.
-    pub async fn install(&self, checkpoint: &Path) -> Result<()> {
-        let root = checkpoint.parent().unwrap_or(checkpoint).display().to_string();
-        let weights = format!("agent.weightsRoots={{{root}}}");
+    pub async fn install(&self) -> Result<()> {
+        let weights = format!("agent.weightsRoots={{{}}}", self.weights.display());
         let install = [
             "install",
             "berth",

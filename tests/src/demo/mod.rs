@@ -75,7 +75,7 @@ pub async fn run(options: &Options) -> Result<Report> {
 async fn serve(cluster: &Cluster, checkpoint: &Path, cases: &[Case], progress: &mut Progress) -> Result<Report> {
     let client = cluster.client();
     progress.step("install", "installing the chart: operator, scheduler, agents");
-    cluster.install(checkpoint).await?;
+    cluster.install().await?;
     progress.detail(&cluster.kubectl(&["-n", cluster::NAMESPACE, "get", "pods", "-o", "wide"]).await?);
 
     progress.step("nodes", "waiting for the agents' reports");
