@@ -17,6 +17,7 @@ mod forward;
 mod life;
 mod loader;
 mod metrics;
+mod presence;
 mod queue;
 mod server;
 mod shelf;
@@ -29,6 +30,7 @@ use std::{
     io::{self, Write},
     net::SocketAddr,
     num::NonZeroUsize,
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -43,6 +45,7 @@ use calls::Door;
 use control::{Control, Published};
 use loader::Loader;
 use metrics::Metrics;
+use presence::Presence;
 use queue::{Bench, Queue, QueueLimits};
 use server::Services;
 use tally::Tally;
@@ -71,6 +74,8 @@ pub struct Config {
     pub threads: Option<NonZeroUsize>,
     /// Longest time a call may take, and the time of a call that names none.
     pub call_limit: Duration,
+    /// Where the kernel lists PCI devices: `/sys/bus/pci/devices`.
+    pub pci_devices: PathBuf,
 }
 
 /// Why a worker could not run.
@@ -160,7 +165,7 @@ struct Worker {
 impl Worker {
     /// Opens the backend and starts the threads that compute.
     fn open(config: Config, clock: Clock) -> Result<Self, WorkerError> {
-        let Config { device, backend, listen: _, admin: _, memory, roots, threads, call_limit } = config;
+        let Config { device, backend, listen: _, admin: _, memory, roots, threads, call_limit, pci_devices } = config;
         let backend =
             open_backend(backend, threads).map_err(|cause| WorkerError::Backend { device: device.clone(), cause })?;
         let metrics = Arc::new(Metrics::default());
@@ -171,7 +176,8 @@ impl Worker {
         let (tally, shelves) = (Arc::<Tally>::default(), published.shelves.clone());
         let door = Door { queue: Arc::clone(&queue), shelves, metrics: Arc::clone(&metrics), clock, limit: call_limit };
         let (tally_of_bench, shelves) = (Arc::clone(&tally), published.shelves.clone());
-        let bench = Bench { queue, shelves, backend, tally: tally_of_bench, metrics: Arc::clone(&metrics) };
+        let presence = Arc::new(Presence::of(&device, &pci_devices));
+        let bench = Bench { queue, shelves, backend, presence, tally: tally_of_bench, metrics: Arc::clone(&metrics) };
         bench.start(COMPUTING).map_err(|cause| WorkerError::System { doing: "starting computing threads", cause })?;
         Ok(Self { device, control, published, door, tally, metrics })
     }

@@ -18,6 +18,7 @@ use tokio::sync::{oneshot, watch};
 use super::{
     forward::{self, Refusal},
     metrics::Metrics,
+    presence::Presence,
     shelf::Shelves,
     tally::Tally,
 };
@@ -127,6 +128,8 @@ pub(crate) struct Bench {
     pub(crate) shelves: watch::Receiver<Arc<Shelves>>,
     /// What computes.
     pub(crate) backend: Arc<dyn Backend>,
+    /// Whether the device is there.
+    pub(crate) presence: Arc<Presence>,
     /// Where tokens are counted.
     pub(crate) tally: Arc<Tally>,
     /// Where calls are counted.
@@ -159,10 +162,16 @@ impl Bench {
     }
 
     fn compute(&self, request: &ForwardRequest) -> ForwardResponse {
+        let lost = || Refusal::lost("it left the bus").into_wire(request.call_id);
+        if self.presence.lost() {
+            return lost();
+        }
         let shelves = Arc::clone(&self.shelves.borrow());
         // A panic in a kernel is a bug of ours, but not a reason to lose the other calls of this device.
         let outcome = catch_unwind(AssertUnwindSafe(|| forward::answer(request, &shelves, &*self.backend)));
         match outcome {
+            // What a device computed while it left cannot be trusted.
+            Ok(Ok(_)) if self.presence.lost() => lost(),
             Ok(Ok((response, counted))) => {
                 self.metrics.tokens.inc_by(request.tokens.into());
                 self.tally.count(&counted);

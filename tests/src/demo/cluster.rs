@@ -25,6 +25,11 @@ pub const NODES: usize = 2;
 const PLAIN: &str = "cpu-01";
 /// PCI addresses of each node's devices.
 const DEVICES: [&str; 2] = ["0000:3b:00.0", "0000:5e:00.0"];
+/// How the configuration space of a device begins: NVIDIA, H100. And of one that left its bus.
+const PRESENT: &[u8] = &[0xDE, 0x10, 0x30, 0x23];
+const ABSENT: &[u8] = &[0xFF; 4];
+/// How long after a device left its bus the driver notices: part of every time that the report tells.
+const DRIVER_NOTICES: Duration = Duration::from_millis(20);
 /// Memory of each simulated device, bytes.
 const DEVICE_BYTES: u64 = 85_899_345_920;
 /// Longest time for the objects of a deployment to vanish.
@@ -50,6 +55,8 @@ struct DeviceNode {
     name: String,
     kmsg: PathBuf,
     script: PathBuf,
+    /// What `/sys/bus/pci/devices` is on a real node.
+    pci: PathBuf,
 }
 
 impl Cluster {
@@ -175,6 +182,25 @@ impl Cluster {
         Ok(move || node.lose(&pci))
     }
 
+    /// When the agent's ledger decided that `device` is lost, milliseconds of Unix time: by the agent's own log, since
+    /// objects tell whole seconds.
+    ///
+    /// # Errors
+    /// When a log cannot be read.
+    pub fn decided_ms(&self, device: &DeviceId) -> Result<Option<f64>> {
+        let node = format!("\"node\":\"{}\"", device.node());
+        for (namespace, pod, container, _) in self.kubelet.running() {
+            if container != "agent" {
+                continue;
+            }
+            let log = self.kubelet.log(&namespace, &pod, &container)?;
+            if log.contains(&node) {
+                return Ok(log.lines().rev().find_map(|line| lost_at(line, device.local())));
+            }
+        }
+        Ok(None)
+    }
+
     /// Commands for a person who looks around.
     #[must_use]
     pub fn how_to_look(&self) -> String {
@@ -232,6 +258,14 @@ impl DeviceNode {
         let name = format!("gpu-{number:02}");
         let (kmsg, script) = (folder.join(format!("{name}.kmsg")), folder.join(format!("{name}.jsonl")));
         File::create(&kmsg).map_err(Error::file("create", &kmsg))?;
+        let pci = folder.join(format!("{name}.pci"));
+        for device in DEVICES.map(|address| pci.join(address)) {
+            fs::create_dir_all(&device).map_err(Error::file("make", &device))?;
+            for (file, content) in [("vendor", &b"0x10de\n"[..]), ("class", b"0x030200\n"), ("config", PRESENT)] {
+                let path = device.join(file);
+                fs::write(&path, content).map_err(Error::file("write", &path))?;
+            }
+        }
         let devices = DEVICES.map(|pci| {
             let uuid = format!("GPU-{number:08x}-0000-4000-8000-{:0>12}", pci.replace([':', '.'], ""));
             json!({
@@ -244,7 +278,7 @@ impl DeviceNode {
             "libraries": {"nvml": {"driver": "580.95.05", "events": "0x1f9f"}},
         });
         fs::write(&script, format!("{header}\n")).map_err(Error::file("write", &script))?;
-        Ok(Self { name, kmsg, script })
+        Ok(Self { name, kmsg, script, pci })
     }
 
     fn simulated(&self, double: &Path) -> SimulatedNode {
@@ -258,14 +292,19 @@ impl DeviceNode {
                 ("BERTH_NVML_LIBRARY".to_owned(), path(double)),
                 ("BERTH_DOUBLE_SCRIPT".to_owned(), path(&self.script)),
                 ("BERTH_KMSG".to_owned(), path(&self.kmsg)),
+                ("BERTH_PCI_DEVICES".to_owned(), path(&self.pci)),
                 ("BERTH_WORKER_THREADS".to_owned(), "1".to_owned()),
             ]),
             ..SimulatedNode::named(&self.name)
         }
     }
 
-    /// The device at `pci` falls off the bus: the kernel says so, and the library no longer finds it.
+    /// The device at `pci` falls off the bus: it answers reads with ones from now on, and as on a real node the
+    /// driver only notices some time later, when the kernel log says so and the library no longer finds it.
     fn lose(&self, pci: &str) -> Result<()> {
+        let config = self.pci.join(pci).join("config");
+        fs::write(&config, ABSENT).map_err(Error::file("write", &config))?;
+        std::thread::sleep(DRIVER_NOTICES);
         let slot = pci.trim_end_matches(".0");
         let record = format!(
             "4,1000,1000000,-;NVRM: Xid (PCI:{slot}): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
@@ -274,6 +313,17 @@ impl DeviceNode {
         append(&self.kmsg, &record)?;
         append(&self.script, &format!("{line}\n"))
     }
+}
+
+/// The time of a log line that says that the device `local` is lost.
+fn lost_at(line: &str, local: &str) -> Option<f64> {
+    let line: serde_json::Value = serde_json::from_str(line).ok()?;
+    let field = |name: &str| line.get(name).and_then(serde_json::Value::as_str);
+    if field("message") != Some("health") || field("device") != Some(local) || field("health") != Some("Unhealthy") {
+        return None;
+    }
+    let at: jiff::Timestamp = field("timestamp")?.parse().ok()?;
+    Some(at.as_duration().as_millis_f64())
 }
 
 fn append(path: &Path, text: &str) -> Result<()> {

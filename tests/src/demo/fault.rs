@@ -28,7 +28,8 @@ pub(super) struct Measured {
 }
 
 /// Serves `case` with `max_tokens` again and again, loses `device` by `inject` after some tokens of the first, and
-/// goes on until the runner has made a step on a revision above the one it started with.
+/// goes on until the runner has made a step on a revision above the one it started with. `decided_ms` tells when the
+/// agent had decided, milliseconds of Unix time.
 ///
 /// # Errors
 /// When the runner cannot be reached or nothing is repaired in time.
@@ -38,20 +39,28 @@ pub(super) async fn lose_device(
     max_tokens: u32,
     device: &str,
     inject: impl FnOnce() -> Result<()> + Send + 'static,
+    decided_ms: impl Fn() -> Result<Option<f64>>,
 ) -> Result<Measured> {
     let before = runner.describe().await?;
     let (injected, at) = oneshot::channel();
     let repaired = Arc::new(AtomicBool::new(false));
     let prompts = tokio::spawn(serve_until(runner.clone(), case.clone(), max_tokens, repaired.clone(), move || {
-        let started = unix_ms();
-        let outcome = inject().map(|()| started);
-        // Nobody listens only when the measurement has already ended in an error.
-        let _ = injected.send(outcome);
+        // On a thread of its own: the prompt must go on while the device is being lost.
+        std::thread::spawn(move || {
+            let started = unix_ms();
+            let outcome = inject().map(|()| started);
+            // Nobody listens only when the measurement has already ended in an error.
+            let _ = injected.send(outcome);
+        });
     }));
-    let seen = watch_repair(runner, &before, device, at).await;
+    let seen = watch_repair(runner, &before, at).await;
     repaired.store(true, Ordering::Relaxed);
     let answers = prompts.await.map_err(|error| Error::Runner { doing: "serve".into(), why: error.to_string() })??;
-    let Seen { started, detected, state } = seen?;
+    let Seen { started, state } = seen?;
+    let detected = decided_ms()?.ok_or_else(|| Error::Runner {
+        doing: format!("find when the loss of {device} was detected"),
+        why: "the agent's log has no line that says so".into(),
+    })?;
     let retried = answers.iter().filter(|answer| answer.finished.retried > 0).count();
     let failed = answers.iter().filter(|answer| !answer.succeeded()).count();
     let report = FaultReport {
@@ -93,35 +102,22 @@ async fn serve_until(
 /// What was seen of a repair, in milliseconds of Unix time.
 struct Seen {
     started: f64,
-    detected: f64,
     state: DescribeResponse,
 }
 
-async fn watch_repair(
-    runner: &Runner,
-    before: &DescribeResponse,
-    device: &str,
-    at: oneshot::Receiver<Result<f64>>,
-) -> Result<Seen> {
+async fn watch_repair(runner: &Runner, before: &DescribeResponse, at: oneshot::Receiver<Result<f64>>) -> Result<Seen> {
     let never = |what: &str, state: String| Error::Wait { what: what.to_owned(), waited: REPAIR_DEADLINE, state };
     let started = match tokio::time::timeout(REPAIR_DEADLINE, at).await {
         Ok(Ok(outcome)) => outcome?,
         _ => return Err(never("the prompt to reach the token of the loss", String::new())),
     };
-    let mut detected = None;
     loop {
         let state = runner.describe().await?;
-        let now = unix_ms();
-        if detected.is_none() && state.gone.iter().any(|gone| gone == device) {
-            detected = Some(now);
+        let stepped = state.revision > before.revision && state.revision_since_unix_ms > 0;
+        if stepped && state.rerouted_unix_ms > before.rerouted_unix_ms {
+            return Ok(Seen { started, state });
         }
-        if let Some(detected) = detected
-            && state.revision > before.revision
-            && state.rerouted_unix_ms > before.rerouted_unix_ms
-        {
-            return Ok(Seen { started, detected, state });
-        }
-        if now - started > REPAIR_DEADLINE.as_secs_f64() * 1_000.0 {
+        if unix_ms() - started > REPAIR_DEADLINE.as_secs_f64() * 1_000.0 {
             let state = format!("revision {}, refused {}, gone {:?}", state.revision, state.refused, state.gone);
             return Err(never("the runner to serve a repaired placement", state));
         }

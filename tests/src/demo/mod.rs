@@ -163,7 +163,8 @@ async fn lose_one(
     })?;
     progress.step("fault", &format!("Xid 79: {device} falls off the bus between two tokens"));
     let inject = cluster.losing(&device)?;
-    let measured = fault::lose_device(runner, long, LONG, device.as_str(), inject).await?;
+    let decided = || cluster.decided_ms(&device);
+    let measured = fault::lose_device(runner, long, LONG, device.as_str(), inject, decided).await?;
     let after = objects::repaired(client, before.serving_revision, PATIENCE).await?.status.unwrap_or_default();
     for answer in measured.answers {
         report.prompts.push(PromptReport {

@@ -48,6 +48,7 @@ impl Device {
             queue: Arc::clone(&queue),
             shelves: see.clone(),
             backend: Arc::<Gated>::clone(&backend),
+            presence: Arc::default(),
             tally: Arc::new(Tally::default()),
             metrics: Arc::clone(&metrics),
         };
