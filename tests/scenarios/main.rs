@@ -7,6 +7,7 @@ mod agent;
 mod chart;
 mod cluster;
 mod crd_rules;
+mod demo;
 mod install;
 mod kubelet;
 mod lifetime;

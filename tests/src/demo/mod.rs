@@ -97,6 +97,10 @@ async fn serve(cluster: &Cluster, checkpoint: &Path, cases: &[Case], progress: &
 
     progress.step("prompts_after", "serving the same prompts on the repaired placement");
     serve_all(&runner, cases, "after", &mut report, progress).await?;
+
+    progress.step("balance", "waiting for the runner's next load window");
+    report.placement.balancedness = Some(objects::measured_balance(client, PATIENCE).await?);
+    progress.detail(&cluster.kubectl(&["-n", objects::NAMESPACE, "get", "expertplacements"]).await?);
     Ok(report)
 }
 
@@ -189,7 +193,8 @@ async fn lose_one(
     report.placement = PlacementReport {
         revision_before: before.serving_revision,
         revision_after: after.serving_revision,
-        balancedness: after.balancedness,
+        // Told once a load window has closed.
+        balancedness: None,
         moved_bytes: after.moved_bytes.get(),
     };
     Ok(())

@@ -129,3 +129,15 @@ pub async fn repaired(client: &Client, before: u64, within: Duration) -> Result<
     })
     .await
 }
+
+/// The demo's measured balancedness, once the runner has reported a load window (every 10 s).
+///
+/// # Errors
+/// When no window arrives in time.
+pub async fn measured_balance(client: &Client, within: Duration) -> Result<f64> {
+    wait_for("a load window", within, || async {
+        let status = placement(client).await?.status.unwrap_or_default();
+        Ok(status.balancedness.ok_or_else(|| "status.balancedness is absent".to_owned()))
+    })
+    .await
+}

@@ -1,0 +1,49 @@
+//! The main job as `make demo` runs it, and what its report must say.
+
+use std::path::{Path, PathBuf};
+
+use berth_tests::demo::{self, Options, Report};
+
+fn checkpoint(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
+}
+
+async fn run(name: &str, path: &str) -> Report {
+    let folder = tempfile::tempdir().unwrap();
+    let options = Options {
+        name: name.to_owned(),
+        checkpoint: checkpoint(path),
+        report: folder.path().join("report.json"),
+        kubeconfig: None,
+        keep: false,
+    };
+    let report = demo::run(&options).await.unwrap();
+    let written: serde_json::Value = serde_json::from_slice(&std::fs::read(&options.report).unwrap()).unwrap();
+    for field in ["checkpoint", "prompts", "placement", "fault", "durations_s"] {
+        assert!(written.get(field).is_some(), "{field} is missing in {written}");
+    }
+    report
+}
+
+fn assert_repaired(report: &Report) {
+    assert!(report.prompts.iter().all(demo::PromptReport::is_right), "{:#?}", report.prompts);
+    assert!(report.placement.revision_after > report.placement.revision_before, "{:?}", report.placement);
+    assert!(report.placement.moved_bytes > 0, "{:?}", report.placement);
+    for fault in &report.fault {
+        assert_eq!(fault.failed_requests, 0, "{fault:?}");
+        assert!(fault.refused_calls > 0 && fault.retried_requests > 0, "{fault:?}");
+        assert!(fault.detected_ms > 0.0 && fault.detected_ms <= 500.0, "{fault:?}");
+        assert!(fault.rerouted_ms > 0.0 && fault.rerouted_ms <= 2_000.0, "{fault:?}");
+        assert!(fault.repaired_ms > 0.0, "{fault:?}");
+    }
+    assert_eq!(report.fault.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_lost_between_two_tokens_changes_no_token() {
+    let report = run("demo-test", "tests/data/reference/models/v3-tiny").await;
+    assert_repaired(&report);
+    assert!(report.prompts.iter().all(|prompt| prompt.expected_ids.is_some()));
+    let balancedness = report.placement.balancedness.unwrap();
+    assert!(balancedness > 0.0 && balancedness <= 1.0, "{balancedness}");
+}
