@@ -47,3 +47,9 @@ async fn a_device_lost_between_two_tokens_changes_no_token() {
     let balancedness = report.placement.balancedness.unwrap();
     assert!(balancedness > 0.0 && balancedness <= 1.0, "{balancedness}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_of_other_sizes_is_served_through_the_same_loss() {
+    let report = run("demo-sizes", "runner/tests/data/one-group-yarn").await;
+    assert_repaired(&report);
+}

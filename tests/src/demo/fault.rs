@@ -27,7 +27,7 @@ pub(super) struct Measured {
     pub(super) answers: Vec<Answer>,
 }
 
-/// Serves `case` with `max_tokens` again and again, loses `device` by `inject` after some tokens of the first, and
+/// Serves `case` again and again, loses `device` by `inject` after some tokens of the first, and
 /// goes on until the runner has made a step on a revision above the one it started with. `decided_ms` tells when the
 /// agent had decided, milliseconds of Unix time.
 ///
@@ -36,7 +36,6 @@ pub(super) struct Measured {
 pub(super) async fn lose_device(
     runner: &Runner,
     case: &Case,
-    max_tokens: u32,
     device: &str,
     inject: impl FnOnce() -> Result<()> + Send + 'static,
     decided_ms: impl Fn() -> Result<Option<f64>>,
@@ -44,7 +43,7 @@ pub(super) async fn lose_device(
     let before = runner.describe().await?;
     let (injected, at) = oneshot::channel();
     let repaired = Arc::new(AtomicBool::new(false));
-    let prompts = tokio::spawn(serve_until(runner.clone(), case.clone(), max_tokens, repaired.clone(), move || {
+    let prompts = tokio::spawn(serve_until(runner.clone(), case.clone(), repaired.clone(), move || {
         // On a thread of its own: the prompt must go on while the device is being lost.
         std::thread::spawn(move || {
             let started = unix_ms();
@@ -78,14 +77,13 @@ pub(super) async fn lose_device(
 async fn serve_until(
     runner: Runner,
     case: Case,
-    max_tokens: u32,
     repaired: Arc<AtomicBool>,
     inject: impl FnOnce(),
 ) -> Result<Vec<Answer>> {
     let mut inject = Some(inject);
     let mut answers = Vec::new();
     loop {
-        let answer = runner.generate(&case, max_tokens, |tokens| {
+        let answer = runner.generate(&case, case.max_tokens, |tokens| {
             if tokens == LOST_AFTER_TOKENS
                 && let Some(inject) = inject.take()
             {

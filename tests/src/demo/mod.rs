@@ -23,8 +23,8 @@ pub use report::{FaultReport, PlacementReport, PromptReport, Report};
 
 /// Longest time for each thing that is waited for.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// Tokens of the long prompt in whose middle the device is lost.
-const LONG: u32 = 400;
+/// Tokens of the long prompt in whose middle the device is lost, if the model's context is long enough.
+const LONG: usize = 400;
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -91,7 +91,7 @@ async fn serve(cluster: &Cluster, checkpoint: &Path, cases: &[Case], progress: &
     let mut report = Report::default();
     progress.step("prompts_before", "serving prompts");
     serve_all(&runner, cases, "before", &mut report, progress).await?;
-    let long = long_case(&runner, cases).await?;
+    let long = long_case(&runner, cases, prompts::context(checkpoint)?).await?;
 
     lose_one(cluster, &runner, &long, &mut report, progress).await?;
 
@@ -142,13 +142,15 @@ fn verdict(prompt: &PromptReport) -> &'static str {
 }
 
 /// The first prompt, generated far: what it gives on the undisturbed placement is what it must give later.
-async fn long_case(runner: &Runner, cases: &[Case]) -> Result<Case> {
+async fn long_case(runner: &Runner, cases: &[Case], context: usize) -> Result<Case> {
     let case = cases.first().ok_or_else(|| Error::Runner {
         doing: "choose a prompt".into(),
         why: "reference.json has no cases: give it one, or remove it".into(),
     })?;
-    let answer = runner.generate(case, LONG, |_| ()).await?;
-    Ok(Case { prompt_ids: case.prompt_ids.clone(), expected: Some(answer.ids), max_tokens: LONG })
+    let tokens = LONG.min(context.saturating_sub(case.prompt_ids.len()));
+    let max_tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+    let answer = runner.generate(case, max_tokens, |_| ()).await?;
+    Ok(Case { prompt_ids: case.prompt_ids.clone(), expected: Some(answer.ids), max_tokens })
 }
 
 async fn lose_one(
@@ -168,7 +170,7 @@ async fn lose_one(
     progress.step("fault", &format!("Xid 79: {device} falls off the bus between two tokens"));
     let inject = cluster.losing(&device)?;
     let decided = || cluster.decided_ms(&device);
-    let measured = fault::lose_device(runner, long, LONG, device.as_str(), inject, decided).await?;
+    let measured = fault::lose_device(runner, long, device.as_str(), inject, decided).await?;
     let after = objects::repaired(client, before.serving_revision, PATIENCE).await?.status.unwrap_or_default();
     for answer in measured.answers {
         report.prompts.push(PromptReport {

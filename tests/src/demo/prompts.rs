@@ -61,6 +61,21 @@ pub fn read_cases(checkpoint: &Path) -> Result<Vec<Case>> {
     Ok(reference.cases.into_iter().map(case).collect())
 }
 
+/// The longest sequence of a checkpoint, from its config.json.
+///
+/// # Errors
+/// When the file cannot be read or does not tell.
+pub fn context(checkpoint: &Path) -> Result<usize> {
+    #[derive(Deserialize)]
+    struct Config {
+        max_position_embeddings: usize,
+    }
+    let path = checkpoint.join("config.json");
+    let text = std::fs::read(&path).map_err(Error::file("read", &path))?;
+    let config: Config = serde_json::from_slice(&text).map_err(|error| Error::file("read", &path)(error.into()))?;
+    Ok(config.max_position_embeddings)
+}
+
 /// What came back for one prompt.
 #[derive(Debug, Default)]
 pub struct Answer {
