@@ -43,6 +43,7 @@ impl Worker {
             roots: Roots::new([root]).unwrap(),
             threads: NonZeroUsize::new(1),
             call_limit: LONG,
+            pci_devices: root.join("pci"),
         };
         let stop = CancellationToken::new();
         let served = worker::Worker::open(config, Clock::real()).unwrap().serve(listener, stop.clone(), stop);
