@@ -2,6 +2,7 @@
 //!
 //! Reads arguments, calls the library, prints. It decides nothing: gates and figures are the library's.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +14,10 @@ use berth_kernels::{Backend, BackendKind, ScaleType, StoredFormat};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::verdict::Verdict;
+use crate::{
+    output::{say, write_json},
+    verdict::Verdict,
+};
 
 /// Check or measure the expert kernels of this machine.
 #[derive(Debug, Args)]
@@ -77,15 +81,15 @@ fn check(cases: &Path, kind: BackendKind, json: Option<&Path>) -> anyhow::Result
     let backend = berth_kernels::open(kind)?;
     let cases = check_folder(&*backend, cases)?;
     for case in &cases {
-        print_case(case);
+        print_case(case)?;
     }
     let failed = cases.iter().filter(|c| !c.passed).count();
-    say(&format!("{} of {} cases passed on {kind}", cases.len() - failed, cases.len()));
+    say(&format!("{} of {} cases passed on {kind}", cases.len() - failed, cases.len()))?;
     write_json(json, &CheckReport { backend: kind.to_string(), passed: failed == 0, cases })?;
     Ok(Verdict::from(failed == 0))
 }
 
-fn print_case(case: &CaseReport) {
+fn print_case(case: &CaseReport) -> io::Result<()> {
     let verdict = if case.passed { "pass" } else { "FAIL" };
     let routing = if case.routing.exact { "exact" } else { "WRONG" };
     let bad = match case.bad_rows_contained {
@@ -97,15 +101,16 @@ fn print_case(case: &CaseReport) {
     say(&format!(
         "{verdict}  {:<20} {:>3} tokens  routing {routing} (weights {:.1e})  bad rows {bad}  row alone {alone}",
         case.case, case.tokens, case.routing.weight_error
-    ));
+    ))?;
     for output in &case.outputs {
         let gate = match output.gate {
             None => "not gated: this backend keeps activations in float32".to_owned(),
             Some(g) if output.passed => format!("gate {:.0e} / {:.0e}", g.nrmse, g.max),
             Some(g) => format!("gate {:.0e} / {:.0e} EXCEEDED", g.nrmse, g.max),
         };
-        say(&format!("      {:<22} nrmse {:.2e}  max {:.2e}  {gate}", output.tensor, output.nrmse, output.max));
+        say(&format!("      {:<22} nrmse {:.2e}  max {:.2e}  {gate}", output.tensor, output.nrmse, output.max))?;
     }
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -154,10 +159,10 @@ fn bench(
         shape.experts,
         shape.top_k,
         shape.format
-    ));
-    say(&format!("measured peaks: {:.1} GFLOP/s, {:.1} GB/s read", peaks.flops_per_s / 1e9, peaks.bytes_per_s / 1e9));
+    ))?;
+    say(&format!("measured peaks: {:.1} GFLOP/s, {:.1} GB/s read", peaks.flops_per_s / 1e9, peaks.bytes_per_s / 1e9))?;
     let mut timed = Bench::new(&backend, shape)?;
-    say("tokens  experts       ms  tokens/s  GFLOP/s (of peak)   GB/s (of read)");
+    say("tokens  experts       ms  tokens/s  GFLOP/s (of peak)   GB/s (of read)")?;
     let mut results = Vec::with_capacity(tokens.len());
     for &count in tokens {
         let measured = timed.measure(count, Duration::from_secs(1))?;
@@ -166,7 +171,7 @@ fn bench(
             bandwidth_ratio: measured.bytes_per_s / peaks.bytes_per_s,
             measured,
         };
-        print_row(&row);
+        print_row(&row)?;
         results.push(row);
     }
     let report = BenchReport {
@@ -185,7 +190,7 @@ fn bench(
     Ok(Verdict::Pass)
 }
 
-fn print_row(row: &BenchRow) {
+fn print_row(row: &BenchRow) -> io::Result<()> {
     let m = &row.measured;
     say(&format!(
         "{:>6} {:>8.1} {:>8.2} {:>9.1} {:>8.1} ({:>5.1} %) {:>7.2} ({:>5.1} %)",
@@ -197,7 +202,7 @@ fn print_row(row: &BenchRow) {
         row.flops_ratio * 1e2,
         m.bytes_per_s / 1e9,
         row.bandwidth_ratio * 1e2
-    ));
+    ))
 }
 
 const FP8_F32: StoredFormat = StoredFormat::Fp8E4m3 { block: [128, 128], scale: ScaleType::F32 };
@@ -234,17 +239,6 @@ fn shape_of(model: &str) -> anyhow::Result<Shape> {
     })?;
     let &(_, hidden, width, experts, top_k, format, limit) = found;
     Ok(Shape { hidden, width, experts, top_k, format, limit })
-}
-
-fn write_json(path: Option<&Path>, report: &impl Serialize) -> anyhow::Result<()> {
-    let Some(path) = path else { return Ok(()) };
-    let text = serde_json::to_string_pretty(report)?;
-    std::fs::write(path, text + "\n").with_context(|| format!("writing --json {}", path.display()))
-}
-
-#[expect(clippy::print_stdout, reason = "this command's output is for a person at a terminal")]
-fn say(line: &str) {
-    println!("{line}");
 }
 
 #[cfg(test)]
