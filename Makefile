@@ -26,7 +26,7 @@ bench: build ## figures beside the peers'
 	target/release/berth kernels bench --backend cpu --model v4-flash --tokens 1,4,16
 
 golden: ## write generated files and golden texts anew; read the diff
-	$(CARGO) run --locked -p berth-crds --bin crdgen
+	$(CARGO) run --locked -p berth-crds --bin crdgen -- charts/berth/files/crds crds/presets
 	INSTA_UPDATE=always $(CARGO) test --workspace --locked
 
 audit: ## licences and sources of all dependencies (installs cargo-deny)
