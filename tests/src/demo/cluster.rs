@@ -28,8 +28,6 @@ const DEVICES: [&str; 2] = ["0000:3b:00.0", "0000:5e:00.0"];
 /// How the configuration space of a device begins: NVIDIA, H100. And of one that left its bus.
 const PRESENT: &[u8] = &[0xDE, 0x10, 0x30, 0x23];
 const ABSENT: &[u8] = &[0xFF; 4];
-/// How long after a device left its bus the driver notices: part of every time that the report tells.
-const DRIVER_NOTICES: Duration = Duration::from_millis(20);
 /// Memory of each simulated device, bytes.
 const DEVICE_BYTES: u64 = 85_899_345_920;
 /// Longest time for the objects of a deployment to vanish.
@@ -171,15 +169,14 @@ impl Cluster {
         Ok(())
     }
 
-    /// What makes `device` fall off the bus when it is called.
+    /// The loss of `device`, ready to happen.
     ///
     /// # Errors
     /// When the device is on none of the nodes.
-    pub fn losing(&self, device: &DeviceId) -> Result<impl FnOnce() -> Result<()> + Send + use<>> {
+    pub fn loss_of(&self, device: &DeviceId) -> Result<Loss> {
         let node = self.nodes.iter().find(|node| node.name == device.node()).cloned();
         let node = node.ok_or_else(|| Error::Unknown { what: "node", name: device.node().to_owned() })?;
-        let pci = device.local().to_owned();
-        Ok(move || node.lose(&pci))
+        Ok(Loss { node, device: device.clone() })
     }
 
     /// When the agent's ledger decided that `device` is lost, milliseconds of Unix time: by the agent's own log, since
@@ -298,20 +295,43 @@ impl DeviceNode {
             ..SimulatedNode::named(&self.name)
         }
     }
+}
 
-    /// The device at `pci` falls off the bus: it answers reads with ones from now on, and as on a real node the
-    /// driver only notices some time later, when the kernel log says so and the library no longer finds it.
-    fn lose(&self, pci: &str) -> Result<()> {
-        let config = self.pci.join(pci).join("config");
-        fs::write(&config, ABSENT).map_err(Error::file("write", &config))?;
-        std::thread::sleep(DRIVER_NOTICES);
-        let slot = pci.trim_end_matches(".0");
+/// A device that falls off the bus, in the two steps that a real node shows.
+#[derive(Clone, Debug)]
+pub struct Loss {
+    node: DeviceNode,
+    device: DeviceId,
+}
+
+impl Loss {
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &DeviceId {
+        &self.device
+    }
+
+    /// From now on the device answers reads with ones.
+    ///
+    /// # Errors
+    /// When its file cannot be written.
+    pub fn leave_bus(&self) -> Result<()> {
+        let config = self.node.pci.join(self.device.local()).join("config");
+        fs::write(&config, ABSENT).map_err(Error::file("write", &config))
+    }
+
+    /// The driver has found out: the kernel log says so, and the library no longer finds the device.
+    ///
+    /// # Errors
+    /// When the node's files cannot be written.
+    pub fn driver_notices(&self) -> Result<()> {
+        let slot = self.device.local().trim_end_matches(".0");
         let record = format!(
             "4,1000,1000000,-;NVRM: Xid (PCI:{slot}): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
         );
-        let line = json!({"nvml": pci, "set": {"lost": true}});
-        append(&self.kmsg, &record)?;
-        append(&self.script, &format!("{line}\n"))
+        let line = json!({"nvml": self.device.local(), "set": {"lost": true}});
+        append(&self.node.kmsg, &record)?;
+        append(&self.node.script, &format!("{line}\n"))
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use berth_proto::v1::DescribeResponse;
 use tokio::sync::oneshot;
 
+use super::cluster::Loss;
 use super::prompts::{Answer, Case, Runner};
 use super::report::FaultReport;
 use crate::{Error, Result};
@@ -27,32 +28,29 @@ pub(super) struct Measured {
     pub(super) answers: Vec<Answer>,
 }
 
-/// Serves `case` again and again, loses `device` by `inject` after some tokens of the first, and
-/// goes on until the runner has made a step on a revision above the one it started with. `decided_ms` tells when the
-/// agent had decided, milliseconds of Unix time.
+/// Serves `case` again and again, makes `loss` happen after some tokens of the first, and goes on until the runner has
+/// made a step on a revision above the one it started with. `decided_ms` tells when the agent had decided, milliseconds
+/// of Unix time.
 ///
 /// # Errors
 /// When the runner cannot be reached or nothing is repaired in time.
 pub(super) async fn lose_device(
     runner: &Runner,
     case: &Case,
-    device: &str,
-    inject: impl FnOnce() -> Result<()> + Send + 'static,
+    loss: &Loss,
     decided_ms: impl Fn() -> Result<Option<f64>>,
 ) -> Result<Measured> {
+    let device = loss.device().as_str();
     let before = runner.describe().await?;
     let (injected, at) = oneshot::channel();
     let repaired = Arc::new(AtomicBool::new(false));
+    let leaving = loss.clone();
     let prompts = tokio::spawn(serve_until(runner.clone(), case.clone(), repaired.clone(), move || {
-        // On a thread of its own: the prompt must go on while the device is being lost.
-        std::thread::spawn(move || {
-            let started = unix_ms();
-            let outcome = inject().map(|()| started);
-            // Nobody listens only when the measurement has already ended in an error.
-            let _ = injected.send(outcome);
-        });
+        let started = unix_ms();
+        // Nobody listens only when the measurement has already ended in an error.
+        let _ = injected.send(leaving.leave_bus().map(|()| started));
     }));
-    let seen = watch_repair(runner, &before, at).await;
+    let seen = watch_repair(runner, &before, loss, at).await;
     repaired.store(true, Ordering::Relaxed);
     let answers = prompts.await.map_err(|error| Error::Runner { doing: "serve".into(), why: error.to_string() })??;
     let Seen { started, state } = seen?;
@@ -103,14 +101,25 @@ struct Seen {
     state: DescribeResponse,
 }
 
-async fn watch_repair(runner: &Runner, before: &DescribeResponse, at: oneshot::Receiver<Result<f64>>) -> Result<Seen> {
+async fn watch_repair(
+    runner: &Runner,
+    before: &DescribeResponse,
+    loss: &Loss,
+    at: oneshot::Receiver<Result<f64>>,
+) -> Result<Seen> {
     let never = |what: &str, state: String| Error::Wait { what: what.to_owned(), waited: REPAIR_DEADLINE, state };
     let started = match tokio::time::timeout(REPAIR_DEADLINE, at).await {
         Ok(Ok(outcome)) => outcome?,
         _ => return Err(never("the prompt to reach the token of the loss", String::new())),
     };
+    let mut noticed = false;
     loop {
         let state = runner.describe().await?;
+        // As on a real node, the driver finds out when a program touches the device.
+        if !noticed && state.refused > before.refused {
+            loss.driver_notices()?;
+            noticed = true;
+        }
         let stepped = state.revision > before.revision && state.revision_since_unix_ms > 0;
         if stepped && state.rerouted_unix_ms > before.rerouted_unix_ms {
             return Ok(Seen { started, state });

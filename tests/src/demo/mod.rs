@@ -168,9 +168,9 @@ async fn lose_one(
         why: "the placement has no devices".into(),
     })?;
     progress.step("fault", &format!("Xid 79: {device} falls off the bus between two tokens"));
-    let inject = cluster.losing(&device)?;
+    let loss = cluster.loss_of(&device)?;
     let decided = || cluster.decided_ms(&device);
-    let measured = fault::lose_device(runner, long, device.as_str(), inject, decided).await?;
+    let measured = fault::lose_device(runner, long, &loss, decided).await?;
     let after = objects::repaired(client, before.serving_revision, PATIENCE).await?.status.unwrap_or_default();
     for answer in measured.answers {
         report.prompts.push(PromptReport {
