@@ -3,8 +3,9 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use berth_crds::definitions;
+use berth_crds::{definitions, placement_map::MapLayer};
 use berth_tests::control_plane::{ControlPlane, ControlPlaneConfig};
+use berth_types::ExpertId;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
     Api, Client,
@@ -129,14 +130,14 @@ const CREATION: &[(&str, &str, &str, &str)] = &[
         r#""v3-0-2""#,
         "metadata.name must be <spec.placement>-<spec.revision>: creating it is what fences a revision",
     ),
-    ("PlacementMap", "/spec/layers/1/experts", "[0]", "every layer must have as many slots as the first"),
+    ("PlacementMap", "/spec/layers/1/experts", r#""AAA""#, "every layer must have as many slots as the first"),
     (
         "PlacementMap",
         "/spec/devices/0/slots",
         "3",
         "every layer must have as many entries as the devices have slots per layer together",
     ),
-    ("PlacementMap", "/spec/layers/1/experts", "[0,-2]", "should be greater than or equal to -1"),
+    ("PlacementMap", "/spec/layers/1/experts", r#""AA==""#, "should match '^[A-Za-z0-9+/]*$'"),
     ("DemandReport", "/spec/inputTokens", "5", "spec.inputTokens must be 0 when no request arrived"),
 ];
 
@@ -173,7 +174,7 @@ const CHANGE: &[(&str, &str, &str, &str)] = &[
         "spec.geometry and spec.vendorFormats cannot change: another format is a new instance",
     ),
     ("PlacementMap", "/spec/epoch", "2", "a PlacementMap cannot change: write the next revision"),
-    ("PlacementMap", "/spec/layers/0/experts/0", "1", "a PlacementMap cannot change: write the next revision"),
+    ("PlacementMap", "/spec/layers/0/experts", r#""AAABAA""#, "a PlacementMap cannot change: write the next revision"),
     (
         "DemandReport",
         "/spec/deployment",
@@ -234,7 +235,7 @@ fn base(kind: &str) -> Value {
         "PlacementMap" => (
             "v3-0-1",
             json!({"placement": "v3-0", "revision": 1, "epoch": 1, "devices": [{"device": "n1/0.0", "slots": 2}],
-                   "layers": [{"layer": 1, "experts": [0, -1]}, {"layer": 2, "experts": [0, 1]}]}),
+                   "layers": [{"layer": 1, "experts": "AAD//w"}, {"layer": 2, "experts": "AAABAA"}]}),
         ),
         "DemandReport" => (
             "gateway-0",
@@ -342,11 +343,12 @@ async fn assignment_never_goes_back(client: &Client) {
     write(r#"{"assignment":{"epoch":5,"revision":8,"digest":"sha256:D8","devices":[]}}"#).await.unwrap();
 }
 
-/// 61 layers of 6,000 slots, near the 1.5 MB that etcd takes, are within the cost limits of the rules.
+/// 61 layers of 9,000 slots, near the 1.5 MB that etcd takes, are within the cost limits of the rules.
 async fn a_large_map_is_accepted(client: &Client) {
-    let experts: Vec<i32> = (0..6000).map(|slot| slot % 384).collect();
+    let experts = (0..9_000).map(|slot| Some(ExpertId(slot % 384))).collect();
+    let experts = serde_json::to_value(MapLayer { layer: 3, experts }).unwrap()["experts"].clone();
     let devices: Vec<Value> =
-        (0..60).map(|index| json!({"device": format!("node-{}/0000:3b:00.0", index), "slots": 100})).collect();
+        (0..90).map(|index| json!({"device": format!("node-{}/0000:3b:00.0", index), "slots": 100})).collect();
     let layers: Vec<Value> = (3..64).map(|layer| json!({"layer": layer, "experts": experts})).collect();
     let spec = json!({"placement": "big-0", "revision": 1, "epoch": 1, "devices": devices, "layers": layers});
     let object = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "PlacementMap",

@@ -234,11 +234,7 @@ impl Placement {
 #[must_use]
 pub fn to_map(layout: &Layout) -> (Vec<MapDevice>, Vec<MapLayer>) {
     let device = |entry: &DeviceSlots| MapDevice { device: entry.device.clone(), slots: entry.slots };
-    let expert = |slot: &Option<ExpertId>| slot.and_then(|expert| i32::try_from(expert.0).ok()).unwrap_or(-1);
-    let layer = |(layer, row): (&LayerId, &Vec<Option<ExpertId>>)| MapLayer {
-        layer: layer.0,
-        experts: row.iter().map(expert).collect(),
-    };
+    let layer = |(layer, row): (&LayerId, &Vec<Option<ExpertId>>)| MapLayer { layer: layer.0, experts: row.clone() };
     (layout.devices.iter().map(device).collect(), layout.layers.iter().map(layer).collect())
 }
 
@@ -246,9 +242,8 @@ pub fn to_map(layout: &Layout) -> (Vec<MapDevice>, Vec<MapLayer>) {
 #[must_use]
 pub fn from_map(map: &PlacementMap) -> Layout {
     let device = |entry: &MapDevice| DeviceSlots { device: entry.device.clone(), slots: entry.slots };
-    let row = |layer: &MapLayer| layer.experts.iter().map(|expert| u32::try_from(*expert).ok().map(ExpertId)).collect();
     Layout {
         devices: map.spec.devices.iter().map(device).collect(),
-        layers: map.spec.layers.iter().map(|layer| (LayerId(layer.layer), row(layer))).collect(),
+        layers: map.spec.layers.iter().map(|layer| (LayerId(layer.layer), layer.experts.clone())).collect(),
     }
 }
