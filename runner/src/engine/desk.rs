@@ -179,9 +179,10 @@ impl Desk {
         shares
     }
 
+    /// Hands out a step's tokens. It is counted before anyone hears that it is done, so whoever does finds it counted.
     fn tell(&mut self, shares: &[usize], output: StepOutput) {
         let mut parts = output.parts.into_iter();
-        let (mut kept, mut tokens) = (Vec::with_capacity(self.running.len()), 0);
+        let (mut kept, mut leaving, mut tokens) = (Vec::with_capacity(self.running.len()), Vec::new(), 0);
         for (mut sequence, share) in std::mem::take(&mut self.running).into_iter().zip(shares) {
             let part = if *share == 0 { None } else { parts.next() };
             let before = sequence.ids.len();
@@ -189,7 +190,7 @@ impl Desk {
             tokens += sequence.ids.len() - before;
             match ended {
                 None => kept.push(sequence),
-                Some((reason, error)) => self.end(sequence, reason, error),
+                Some((reason, error)) => leaving.push((sequence, reason, error)),
             }
         }
         self.running = kept;
@@ -198,6 +199,9 @@ impl Desk {
             stats.tokens += u64_of(tokens);
         });
         self.report();
+        for (sequence, reason, error) in leaving {
+            self.end(sequence, reason, error);
+        }
     }
 
     /// Ends the sequences of a step that failed: their caches are unfinished.
