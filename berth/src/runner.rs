@@ -59,7 +59,11 @@ pub(crate) struct Args {
     /// Length of a load window, in milliseconds
     #[arg(long, env = "BERTH_LOAD_WINDOW_MS", default_value_t = 10_000)]
     load_window_ms: u64,
-    /// How long running requests may go on after it was asked to stop, in milliseconds
+    /// How long new requests are still taken after it was asked to stop, in milliseconds: so long may clients take to
+    /// hear that it ends
+    #[arg(long, env = "BERTH_LINGER_MS", default_value_t = 2_000)]
+    linger_ms: u64,
+    /// How long running requests may go on after that, in milliseconds
     #[arg(long, env = "BERTH_DRAIN_MS", default_value_t = 20_000)]
     drain_ms: u64,
     /// What to log: error, warn, info, debug or a filter per module
@@ -96,6 +100,7 @@ async fn configure(args: Args) -> anyhow::Result<Config> {
         sequences,
         expert_deadline_ms,
         load_window_ms,
+        linger_ms,
         drain_ms,
         log: _,
     } = args;
@@ -126,6 +131,7 @@ async fn configure(args: Args) -> anyhow::Result<Config> {
         },
         beat: Duration::from_secs(1),
         window: Duration::from_millis(load_window_ms),
+        linger: Duration::from_millis(linger_ms),
         drain: Duration::from_millis(drain_ms),
     })
 }

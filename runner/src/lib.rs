@@ -70,7 +70,10 @@ pub struct Config {
     pub beat: Duration,
     /// Length of a load window.
     pub window: Duration,
-    /// How long running requests may go on after it was asked to stop.
+    /// How long it takes new requests after it was asked to stop, not ready any more: so long may clients and
+    /// status take to hear of it.
+    pub linger: Duration,
+    /// How long running requests may go on after that.
     pub drain: Duration,
 }
 
@@ -112,8 +115,8 @@ pub enum RunnerError {
     Part(#[from] PartError),
 }
 
-/// Loads the model, serves, and ends in order when `stop` is cancelled: not ready, no new requests, running ones
-/// finish within `config.drain`.
+/// Loads the model, serves, and ends in order when `stop` is cancelled: not ready, after `config.linger`
+/// no new requests, running ones finish within `config.drain`.
 ///
 /// # Errors
 /// The first thing that kept it from serving.
@@ -131,10 +134,11 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), RunnerEr
         experts,
         beat,
         window,
+        linger,
         drain,
     } = config;
     let clock = engine.clock.clone();
-    let part = PartConfig { name: "runner", admin_listen, drain_limit: drain + Duration::from_secs(5) };
+    let part = PartConfig { name: "runner", admin_listen, drain_limit: linger + drain + Duration::from_secs(5) };
     let part = Part::start(part, clock.clone(), stop).await?;
     let routed = part.admin.check("routes");
     let listener = TcpListener::bind(listen).await.map_err(|source| RunnerError::Listen { listen, source })?;
@@ -143,17 +147,19 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), RunnerEr
     let experts = Experts::new(experts, Handle::current());
     let engine = Engine::start(Arc::clone(&model), Arc::new(experts.clone()), engine)?;
     metrics::register(&part.metrics, &engine, &experts);
-    let (stopping, drained) = (part.tasks.stopping().clone(), CancellationToken::new());
+    let (stopping, closing, drained) =
+        (part.tasks.stopping().clone(), CancellationToken::new(), CancellationToken::new());
     let digesting = Arc::clone(&found);
     // Reading a large checkpoint takes minutes; nothing waits for it unless a digest was ordered.
     tokio::task::spawn_blocking(move || digesting.get_or_init(|| model.digest().to_owned()).len());
     let door =
         Door { engine: engine.clone(), experts: experts.clone(), placement: placement.to_string(), digest: found };
-    part.tasks.keep("serve", door.serve(listener, stopping.clone()));
+    part.tasks.keep("serve", door.serve(listener, closing.clone()));
     part.tasks.keep("ready", ready(routed, experts.clone(), stopping.clone()));
-    part.tasks.keep("drain", finish(engine.clone(), clock.clone(), drain, stopping, drained.clone()));
-    let (closing, closed) = tokio::sync::watch::channel(0);
-    part.tasks.keep("load", control::count(engine.load(), clock.clone(), window, closing, drained.clone()));
+    part.tasks.keep("linger", wait(clock.clone(), linger, stopping, closing.clone()));
+    part.tasks.keep("drain", finish(engine.clone(), clock.clone(), drain, closing, drained.clone()));
+    let (windows, closed) = tokio::sync::watch::channel(0);
+    part.tasks.keep("load", control::count(engine.load(), clock.clone(), window, windows, drained.clone()));
     let control = Control {
         clock,
         scheduler,
@@ -203,15 +209,28 @@ async fn ready(routed: Check, experts: Experts, stopping: CancellationToken) -> 
     Ok(())
 }
 
-/// Lets running requests finish after `stopping`, ends the others, then says that it is done.
+/// Cancels `closing` when `linger` has passed since `stopping`.
+async fn wait(
+    clock: Clock,
+    linger: Duration,
+    stopping: CancellationToken,
+    closing: CancellationToken,
+) -> Result<(), io::Error> {
+    stopping.cancelled().await;
+    clock.sleep(linger).await;
+    closing.cancel();
+    Ok(())
+}
+
+/// Lets running requests finish after `closing`, ends the others, then says that it is done.
 async fn finish(
     engine: Engine,
     clock: Clock,
     limit: Duration,
-    stopping: CancellationToken,
+    closing: CancellationToken,
     drained: CancellationToken,
 ) -> Result<(), io::Error> {
-    stopping.cancelled().await;
+    closing.cancelled().await;
     engine.close();
     let idle = async {
         while !engine.idle() {

@@ -119,6 +119,7 @@ fn config(dir: &std::path::Path, listen: SocketAddr, admin_listen: SocketAddr, s
         experts: ExpertsConfig { deadline: Duration::from_secs(8), ..ExpertsConfig::default() },
         beat: Duration::from_millis(100),
         window: Duration::from_millis(200),
+        linger: Duration::ZERO,
         drain: Duration::from_secs(10),
     }
 }
