@@ -33,6 +33,9 @@ pub(crate) struct SchedulerArgs {
     /// Seconds that work in hand may take after a signal to stop; below the pod's grace period.
     #[arg(long, env = "BERTH_DRAIN_SECONDS", default_value_t = 20)]
     drain_seconds: u64,
+    /// Seconds that a revision may load before it is planned around the workers that are late.
+    #[arg(long, env = "BERTH_LOAD_LIMIT_SECONDS", default_value_t = 60)]
+    load_limit_seconds: u64,
     /// Log filter, as EnvFilter writes it.
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
@@ -40,7 +43,8 @@ pub(crate) struct SchedulerArgs {
 
 /// Runs the scheduler until a signal.
 pub(crate) fn run(args: SchedulerArgs) -> anyhow::Result<Verdict> {
-    let SchedulerArgs { pod_name, pod_namespace, lease, listen, admin_listen, drain_seconds, log } = args;
+    let SchedulerArgs { pod_name, pod_namespace, lease, listen, admin_listen, drain_seconds, load_limit_seconds, log } =
+        args;
     init_logs(&log, LogFormat::detect())?;
     let lease = lease.unwrap_or_else(|| format!("{pod_namespace}/berth-scheduler"));
     let (lease_namespace, lease) = lease
@@ -48,7 +52,16 @@ pub(crate) fn run(args: SchedulerArgs) -> anyhow::Result<Verdict> {
         .map(|(space, name)| (space.to_owned(), name.to_owned()))
         .with_context(|| format!("BERTH_SCHEDULER_LEASE is {lease:?}: write it as <namespace>/<name>"))?;
     let drain_limit = Duration::from_secs(drain_seconds);
-    let config = berth_scheduler::Config { pod: pod_name, lease_namespace, lease, listen, admin_listen, drain_limit };
+    let load_limit = Duration::from_secs(load_limit_seconds);
+    let config = berth_scheduler::Config {
+        pod: pod_name,
+        lease_namespace,
+        lease,
+        listen,
+        admin_listen,
+        drain_limit,
+        load_limit,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let stop = on_signals()?;

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, time::Duration};
 
 use berth_types::{DeviceId, Revision};
 
-/// A revision that is not loaded by then is planned around.
+/// A revision that is not loaded by then is planned around, if nobody says otherwise.
 pub const LOAD_LIMIT: Duration = Duration::from_secs(60);
 /// A runner's hold on revisions ends so long after its stream.
 pub const HOLD: Duration = Duration::from_secs(5);
@@ -102,15 +102,15 @@ impl Cutover {
         self.served.first().copied().filter(|revision| *revision < self.serving).unwrap_or_default()
     }
 
-    /// What to do at `now`.
-    pub fn step(&mut self, now: Duration, progress: &Progress) -> Next {
+    /// What to do at `now`; a revision may take `limit` to load.
+    pub fn step(&mut self, now: Duration, limit: Duration, progress: &Progress) -> Next {
         if !self.loading() {
             return Next::Wait;
         }
         if progress.late.is_empty() && progress.covered {
             return self.switch(Vec::new());
         }
-        let waited = now.saturating_sub(self.assigned_at) >= LOAD_LIMIT;
+        let waited = now.saturating_sub(self.assigned_at) >= limit;
         let only_failed = !progress.failed.is_empty() && progress.failed.len() == progress.late.len();
         if self.given_up || progress.ready == 0 || !(waited || only_failed) {
             return Next::Wait;
@@ -168,9 +168,9 @@ mod tests {
     fn runners_are_sent_to_a_revision_only_when_all_have_loaded_it() {
         let mut cutover = Cutover::default();
         cutover.assign(at(0), Revision(1));
-        assert_eq!(cutover.step(at(1), &late(true)), Next::Wait);
-        assert_eq!(cutover.step(at(2), &ready()), Next::Switch(Revision(1), vec![]));
-        assert_eq!(cutover.step(at(3), &ready()), Next::Wait);
+        assert_eq!(cutover.step(at(1), LOAD_LIMIT, &late(true)), Next::Wait);
+        assert_eq!(cutover.step(at(2), LOAD_LIMIT, &ready()), Next::Switch(Revision(1), vec![]));
+        assert_eq!(cutover.step(at(3), LOAD_LIMIT, &ready()), Next::Wait);
     }
 
     #[test]
@@ -178,7 +178,7 @@ mod tests {
         let mut cutover = Cutover::adopt(at(0), Revision(1), Revision(1), Revision(0));
         cutover.assign(at(1), Revision(2));
         assert_eq!(cutover.retained(), [Revision(1), Revision(2)].into());
-        cutover.step(at(2), &ready());
+        cutover.step(at(2), LOAD_LIMIT, &ready());
         assert!(!cutover.drain([Revision(1), Revision(2)].into_iter()));
         assert_eq!((cutover.draining(), cutover.retained().len()), (Revision(1), 2));
         assert!(cutover.drain([Revision(2), Revision(2)].into_iter()));
@@ -189,19 +189,19 @@ mod tests {
     fn a_worker_that_hangs_is_planned_around_at_the_deadline_once() {
         let mut cutover = Cutover::adopt(at(0), Revision(1), Revision(1), Revision(0));
         cutover.assign(at(10), Revision(2));
-        assert_eq!(cutover.step(at(69), &late(false)), Next::Wait);
-        assert_eq!(cutover.step(at(70), &late(false)), Next::Around(vec![device("a")]));
-        assert_eq!(cutover.step(at(71), &late(false)), Next::Wait);
+        assert_eq!(cutover.step(at(69), LOAD_LIMIT, &late(false)), Next::Wait);
+        assert_eq!(cutover.step(at(70), LOAD_LIMIT, &late(false)), Next::Around(vec![device("a")]));
+        assert_eq!(cutover.step(at(71), LOAD_LIMIT, &late(false)), Next::Wait);
         assert_eq!(cutover.serving(), Revision(1));
         cutover.assign(at(72), Revision(3));
-        assert_eq!(cutover.step(at(73), &ready()), Next::Switch(Revision(3), vec![]));
+        assert_eq!(cutover.step(at(73), LOAD_LIMIT, &ready()), Next::Switch(Revision(3), vec![]));
     }
 
     #[test]
     fn past_the_deadline_a_covered_revision_is_served_without_the_late() {
         let mut cutover = Cutover::default();
         cutover.assign(at(0), Revision(1));
-        assert_eq!(cutover.step(at(60), &late(true)), Next::Switch(Revision(1), vec![device("a")]));
+        assert_eq!(cutover.step(at(60), LOAD_LIMIT, &late(true)), Next::Switch(Revision(1), vec![device("a")]));
     }
 
     #[test]
@@ -209,10 +209,14 @@ mod tests {
         let mut cutover = Cutover::default();
         cutover.assign(at(0), Revision(1));
         let failed = Progress { failed: vec![device("a")], ..late(false) };
-        assert_eq!(cutover.step(at(1), &failed), Next::Around(vec![device("a")]));
+        assert_eq!(cutover.step(at(1), LOAD_LIMIT, &failed), Next::Around(vec![device("a")]));
         let nowhere = Progress { ready: 0, ..failed };
         cutover.assign(at(2), Revision(2));
-        assert_eq!(cutover.step(at(90), &nowhere), Next::Wait, "weights that nobody can load are no device's fault");
+        assert_eq!(
+            cutover.step(at(90), LOAD_LIMIT, &nowhere),
+            Next::Wait,
+            "weights that nobody can load are no device's fault"
+        );
     }
 
     #[test]

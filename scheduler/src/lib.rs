@@ -54,6 +54,8 @@ pub struct Config {
     pub admin_listen: SocketAddr,
     /// How long work in hand may take after the part was asked to stop.
     pub drain_limit: Duration,
+    /// How long a revision may load before it is planned around what is late.
+    pub load_limit: Duration,
 }
 
 /// Why the scheduler ended otherwise than by being asked to.
@@ -75,7 +77,7 @@ pub enum SchedulerError {
 /// # Errors
 /// [`SchedulerError`] when it cannot start or a task fails.
 pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), SchedulerError> {
-    let Config { pod, lease_namespace, lease, listen, admin_listen, drain_limit } = config;
+    let Config { pod, lease_namespace, lease, listen, admin_listen, drain_limit, load_limit } = config;
     let part = PartConfig { name: "scheduler", admin_listen, drain_limit };
     let part = Part::start(part, clock.clone(), stop).await?;
     let metrics = SchedulerMetrics::register(&part.metrics);
@@ -95,7 +97,7 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopping.cancelled_owned());
     part.tasks.keep("control", serve);
 
-    let office = Office { client: client.clone(), clock, metrics, chair, ready: part.admin.check("lease") };
+    let office = Office { client: client.clone(), clock, metrics, chair, ready: part.admin.check("lease"), load_limit };
     let floor = office.floor(part.tasks.stopping()).await;
     let identity = Holder { pod, endpoint }.to_string();
     let lease = LeaseConfig { namespace: lease_namespace, name: lease, identity, timing: Timing::default(), floor };

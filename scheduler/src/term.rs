@@ -48,6 +48,8 @@ pub struct Office {
     pub chair: watch::Sender<Chair>,
     /// Passes once it is known who leads.
     pub ready: Check,
+    /// How long a revision may load before it is planned around what is late.
+    pub load_limit: Duration,
 }
 
 impl Office {
@@ -117,7 +119,7 @@ impl Office {
         self.ready.pass();
         tracing::info!(epoch = term.epoch().0, "took the chair");
         let ring = Ring::new(index, term.epoch(), writer, self.clock.clone(), self.metrics.clone(), facts);
-        ring.run(taken, ended.clone(), || heartbeat.beat()).await;
+        ring.with_load_limit(self.load_limit).run(taken, ended.clone(), || heartbeat.beat()).await;
         ended.cancel();
         self.chair.send_replace(Chair::Elsewhere(None));
         // The watches look at `ended` before anything else; nothing of theirs is worth keeping.

@@ -47,6 +47,7 @@ impl Replica {
             listen,
             admin_listen: listen,
             drain_limit: Duration::from_secs(10),
+            load_limit: berth_scheduler::cutover::LOAD_LIMIT,
         };
         let stop = CancellationToken::new();
         let run = berth_scheduler::run(config, client, Clock::real(), stop.clone());

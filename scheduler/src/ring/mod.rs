@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use self::telling::{NodeWritten, Written};
 use crate::{
     commit::Writer,
-    cutover::Next,
+    cutover::{LOAD_LIMIT, Next},
     facts::{AgentSaid, Fact, RunnerSaid},
     index::Index,
     metrics::SchedulerMetrics,
@@ -44,6 +44,7 @@ pub struct Ring {
     jobs: JoinSet<()>,
     listed: (bool, bool),
     grace: bool,
+    load_limit: Duration,
     /// Placements to look at again at the next tick.
     later: BTreeSet<PlacementName>,
     written: BTreeMap<PlacementName, Written>,
@@ -73,10 +74,17 @@ impl Ring {
             jobs: JoinSet::new(),
             listed: (false, false),
             grace: true,
+            load_limit: LOAD_LIMIT,
             later: BTreeSet::new(),
             written: BTreeMap::new(),
             nodes_written: BTreeMap::new(),
         }
+    }
+
+    /// Revisions may take so long to load.
+    #[must_use]
+    pub fn with_load_limit(self, load_limit: Duration) -> Self {
+        Self { load_limit, ..self }
     }
 
     /// Turns until the term ends, then waits for the writes in hand (each has a deadline).
@@ -205,7 +213,7 @@ impl Ring {
             })
             .collect();
         let Some(placement) = self.index.placement_mut(name) else { return };
-        let late = match placement.cutover.step(now, &progress) {
+        let late = match placement.cutover.step(now, self.load_limit, &progress) {
             Next::Wait => Vec::new(),
             Next::Switch(revision, late) => {
                 tracing::info!(placement = %name, revision = revision.0, late = late.len(), "revision serves");
