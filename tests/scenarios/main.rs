@@ -12,5 +12,6 @@ mod install;
 mod kubelet;
 mod lifetime;
 mod operator;
+mod ring;
 mod scheduler;
 mod surroundings;
