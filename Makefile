@@ -24,6 +24,8 @@ build: ## the binary, as shipped
 
 bench: build ## figures beside the peers'
 	target/release/berth kernels bench --backend cpu --model v4-flash --tokens 1,4,16
+	target/release/berth bench placement --manifest tests/data/placement/manifest.json \
+		--data tests/data/placement/data --json target/placement.json
 
 golden: ## write generated files and golden texts anew; read the diff
 	$(CARGO) run --locked -p berth-crds --bin crdgen -- charts/berth/files/crds crds/presets
