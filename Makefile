@@ -13,7 +13,7 @@ demo: ## the main job: a cluster, an install, a model, a lost device, a repair
 
 test: check ## everything; ends with the test runner's summary
 	$(CARGO) build --locked -p berth -p berth-double-nvml
-	$(CARGO) test --workspace --locked --no-fail-fast
+	BERTH_CHAOS_SEED=$${BERTH_CHAOS_SEED:-1} $(CARGO) test --workspace --locked --no-fail-fast --lib --bins --tests
 
 check: ## format and lints
 	$(CARGO) fmt --all --check
