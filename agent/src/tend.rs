@@ -38,6 +38,11 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const END_LIMIT: Duration = Duration::from_secs(5);
 /// A killed worker is gone within this, or its device is Barred.
 const KILL_LIMIT: Duration = Duration::from_secs(5);
+/// A worker is asked so often whether it is alive, and answers within [`ALIVE_LIMIT`] or is ended: its process may
+/// be there and do nothing.
+const ALIVE_EVERY: Duration = Duration::from_secs(5);
+/// See [`ALIVE_EVERY`]. Long enough for a machine that is busy loading.
+const ALIVE_LIMIT: Duration = Duration::from_secs(15);
 /// First pause before a worker is started again; it doubles up to [`PAUSE_MOST`].
 const PAUSE_FIRST: Duration = Duration::from_millis(200);
 /// See [`PAUSE_FIRST`].
@@ -196,6 +201,8 @@ impl Tender {
         let channel = Endpoint::from_shared(format!("http://{endpoint}"))
             .map_err(connect)?
             .connect_timeout(KILL_LIMIT)
+            .http2_keep_alive_interval(ALIVE_EVERY)
+            .keep_alive_timeout(ALIVE_LIMIT)
             .tcp_nodelay(true)
             .connect()
             .await

@@ -1,11 +1,15 @@
 //! From one revision to the next: loaded by all, switch, drained by all, free. A pure state machine of one
 //! placement: facts and the time are arguments, what to do is the answer. It neither plans nor sends.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use berth_types::{DeviceId, Revision};
+use berth_types::{Bytes, DeviceId, Revision};
 
-/// A revision that is not loaded by then is planned around, if nobody says otherwise.
+/// A device that reads nothing more for a revision for so long is planned around, if nobody says otherwise. It counts
+/// from its last progress, because how long a whole shelf takes depends on its size.
 pub const LOAD_LIMIT: Duration = Duration::from_secs(60);
 /// A runner's hold on revisions ends so long after its stream.
 pub const HOLD: Duration = Duration::from_secs(5);
@@ -15,12 +19,19 @@ pub const HOLD: Duration = Duration::from_secs(5);
 pub struct Progress {
     /// Every expert has a ready replica.
     pub covered: bool,
-    /// Devices whose shelf is not ready.
-    pub late: Vec<DeviceId>,
-    /// Those of them that gave up.
-    pub failed: Vec<DeviceId>,
+    /// Devices whose shelf is not ready, and how far each is.
+    pub late: BTreeMap<DeviceId, Late>,
     /// Devices whose shelf is ready.
-    pub ready: usize,
+    pub ready: BTreeSet<DeviceId>,
+}
+
+/// How far a device is whose shelf is not ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Late {
+    /// It has read so much for it.
+    Loading(Bytes),
+    /// It gave up.
+    Failed,
 }
 
 /// What to do now.
@@ -42,8 +53,10 @@ pub struct Cutover {
     serving: Revision,
     /// Revisions that runners were ever sent to and that are not drained.
     served: BTreeSet<Revision>,
-    /// The deadline's answer was given for the assigned revision.
-    given_up: bool,
+    /// How far each late device was with the assigned revision, and since when.
+    seen: BTreeMap<DeviceId, (Late, Duration)>,
+    /// Devices that were given up for the assigned revision.
+    given_up: BTreeSet<DeviceId>,
 }
 
 impl Cutover {
@@ -52,7 +65,7 @@ impl Cutover {
     #[must_use]
     pub fn adopt(now: Duration, assigned: Revision, serving: Revision, draining: Revision) -> Self {
         let served = [serving, draining].into_iter().filter(|revision| revision.0 > 0).collect();
-        Self { assigned, assigned_at: now, serving, served, given_up: false }
+        Self { assigned, assigned_at: now, serving, served, ..Self::default() }
     }
 
     /// Runners may have steps on `revision`, for all that is known.
@@ -63,7 +76,9 @@ impl Cutover {
     /// A new revision was committed.
     pub fn assign(&mut self, now: Duration, revision: Revision) {
         if revision > self.assigned {
-            (self.assigned, self.assigned_at, self.given_up) = (revision, now, false);
+            (self.assigned, self.assigned_at) = (revision, now);
+            self.seen.clear();
+            self.given_up.clear();
         }
     }
 
@@ -102,7 +117,7 @@ impl Cutover {
         self.served.first().copied().filter(|revision| *revision < self.serving).unwrap_or_default()
     }
 
-    /// What to do at `now`; a revision may take `limit` to load.
+    /// What to do at `now`; a device may take `limit` for its next progress.
     pub fn step(&mut self, now: Duration, limit: Duration, progress: &Progress) -> Next {
         if !self.loading() {
             return Next::Wait;
@@ -110,14 +125,34 @@ impl Cutover {
         if progress.late.is_empty() && progress.covered {
             return self.switch(Vec::new());
         }
-        let waited = now.saturating_sub(self.assigned_at) >= limit;
-        let only_failed = !progress.failed.is_empty() && progress.failed.len() == progress.late.len();
-        if self.given_up || progress.ready == 0 || !(waited || only_failed) {
+        let stuck: Vec<DeviceId> =
+            self.stuck(now, limit, progress).into_iter().filter(|device| !self.given_up.contains(device)).collect();
+        if stuck.is_empty() {
             return Next::Wait;
         }
-        self.given_up = true;
-        let late = progress.late.clone();
-        if progress.covered { self.switch(late) } else { Next::Around(late) }
+        self.given_up.extend(stuck.iter().cloned());
+        if progress.covered { self.switch(stuck) } else { Next::Around(stuck) }
+    }
+
+    /// Devices that are not waited for any longer. One that gave up counts only where another has loaded: weights
+    /// that nobody can load are no device's fault, and the status says what is wrong with them.
+    fn stuck(&mut self, now: Duration, limit: Duration, progress: &Progress) -> Vec<DeviceId> {
+        self.seen.retain(|device, _| progress.late.contains_key(device));
+        let mut stuck = Vec::new();
+        for (device, late) in &progress.late {
+            let seen = self.seen.entry(device.clone()).or_insert((*late, self.assigned_at));
+            if seen.0 != *late {
+                *seen = (*late, now);
+            }
+            let given_up = match late {
+                Late::Failed => !progress.ready.is_empty(),
+                Late::Loading(_) => now.saturating_sub(seen.1) >= limit,
+            };
+            if given_up {
+                stuck.push(device.clone());
+            }
+        }
+        stuck
     }
 
     fn switch(&mut self, around: Vec<DeviceId>) -> Next {
@@ -157,11 +192,16 @@ mod tests {
     }
 
     fn ready() -> Progress {
-        Progress { covered: true, ready: 2, ..Progress::default() }
+        Progress { covered: true, ready: [device("c"), device("d")].into(), ..Progress::default() }
     }
 
     fn late(covered: bool) -> Progress {
-        Progress { covered, ready: 1, late: vec![device("a")], failed: Vec::new() }
+        loading(covered, &["c"], &[("a", Late::Loading(Bytes(0)))])
+    }
+
+    fn loading(covered: bool, ready: &[&str], late: &[(&str, Late)]) -> Progress {
+        let late = late.iter().map(|(name, late)| (device(name), *late)).collect();
+        Progress { covered, ready: ready.iter().map(|name| device(name)).collect(), late }
     }
 
     #[test]
@@ -208,15 +248,50 @@ mod tests {
     fn a_load_that_failed_is_not_waited_for() {
         let mut cutover = Cutover::default();
         cutover.assign(at(0), Revision(1));
-        let failed = Progress { failed: vec![device("a")], ..late(false) };
+        let failed = loading(false, &["c"], &[("a", Late::Failed)]);
         assert_eq!(cutover.step(at(1), LOAD_LIMIT, &failed), Next::Around(vec![device("a")]));
-        let nowhere = Progress { ready: 0, ..failed };
+        let nowhere = Progress { ready: BTreeSet::new(), ..failed };
         cutover.assign(at(2), Revision(2));
         assert_eq!(
             cutover.step(at(90), LOAD_LIMIT, &nowhere),
             Next::Wait,
             "weights that nobody can load are no device's fault"
         );
+    }
+
+    #[test]
+    fn a_device_that_goes_on_loading_has_all_the_time_it_needs() {
+        let mut cutover = Cutover::default();
+        cutover.assign(at(0), Revision(1));
+        for minute in 1..100 {
+            let slow = loading(false, &[], &[("a", Late::Loading(Bytes(minute)))]);
+            assert_eq!(cutover.step(at(50 * minute), LOAD_LIMIT, &slow), Next::Wait);
+        }
+        let halted = loading(false, &[], &[("a", Late::Loading(Bytes(99)))]);
+        assert_eq!(cutover.step(at(50 * 99 + 59), LOAD_LIMIT, &halted), Next::Wait);
+        assert_eq!(cutover.step(at(50 * 99 + 60), LOAD_LIMIT, &halted), Next::Around(vec![device("a")]));
+    }
+
+    #[test]
+    fn a_revision_whose_devices_all_hang_is_planned_around_all_of_them() {
+        let mut cutover = Cutover::default();
+        cutover.assign(at(0), Revision(1));
+        let hung = loading(false, &[], &[("a", Late::Loading(Bytes(0))), ("b", Late::Loading(Bytes(3)))]);
+        assert_eq!(cutover.step(at(10), LOAD_LIMIT, &hung), Next::Wait);
+        assert_eq!(cutover.step(at(60), LOAD_LIMIT, &hung), Next::Around(vec![device("a"), device("b")]));
+        assert_eq!(cutover.step(at(61), LOAD_LIMIT, &hung), Next::Wait);
+        assert_eq!(cutover.step(at(62), LOAD_LIMIT, &ready()), Next::Switch(Revision(1), vec![]), "they came back");
+    }
+
+    #[test]
+    fn a_device_that_hangs_later_is_planned_around_too() {
+        let mut cutover = Cutover::default();
+        cutover.assign(at(0), Revision(1));
+        let both = |b| loading(false, &["c"], &[("a", Late::Loading(Bytes(0))), ("b", Late::Loading(Bytes(b)))]);
+        assert_eq!(cutover.step(at(30), LOAD_LIMIT, &both(4)), Next::Wait);
+        assert_eq!(cutover.step(at(31), LOAD_LIMIT, &both(5)), Next::Wait);
+        assert_eq!(cutover.step(at(60), LOAD_LIMIT, &both(5)), Next::Around(vec![device("a")]));
+        assert_eq!(cutover.step(at(91), LOAD_LIMIT, &both(5)), Next::Around(vec![device("b")]));
     }
 
     #[test]

@@ -259,7 +259,8 @@ fn workers(node: &str, report: &v1::WorkersReport) -> Result<BTreeMap<DeviceId, 
                 v1::ShelfPhase::Loading | v1::ShelfPhase::Unspecified => Phase::Loading,
             };
             let key = (shelf.placement_uid.clone(), Revision(shelf.revision));
-            (key, Shelf { phase, slots_ready: shelf.slots_ready })
+            let read = shelf.loaded_bytes.saturating_add(shelf.digested_bytes);
+            (key, Shelf { phase, slots_ready: shelf.slots_ready, read: Bytes(read) })
         });
         let entry = Worker {
             serving,

@@ -57,7 +57,8 @@ struct View {
     lost: u64,
     bytes: Bytes,
     loaded: bool,
-    failure: Option<String>,
+    /// Reason and sentence of a load that does not come to its end.
+    failure: Option<(&'static str, String)>,
     cutting: bool,
     serving: Revision,
 }
@@ -79,8 +80,12 @@ impl View {
         let devices = layout.iter().flat_map(|layout| layout.devices.iter().map(|entry| &entry.device));
         let shelves: Vec<_> = devices.filter_map(|device| Some((device, shelf(device)?))).collect();
         let failure = shelves.iter().find_map(|(device, shelf)| match &shelf.phase {
-            Phase::Failed(error) => Some(format!("{device}: {error}")),
-            Phase::Loading | Phase::Ready => None,
+            Phase::Failed(error) => Some(("LoadFailed", format!("{device}: {error}"))),
+            Phase::Loading => placement.avoided.contains_key(*device).then(|| {
+                let what = "its worker reads nothing more: look at the storage of the weights and at the node's agent";
+                ("LoadStalled", format!("{device}: {what}"))
+            }),
+            Phase::Ready => None,
         });
         Self {
             slots: (
@@ -101,7 +106,7 @@ impl View {
         let (ready, total) = self.slots;
         let loaded = match (&self.failure, self.loaded) {
             (_, true) => wanted(ConditionType::WeightsLoaded, true, "Loaded", format!("all {total} slots are loaded")),
-            (Some(failure), false) => wanted(ConditionType::WeightsLoaded, false, "LoadFailed", failure.clone()),
+            (Some((reason, failure)), false) => wanted(ConditionType::WeightsLoaded, false, reason, failure.clone()),
             (None, false) => {
                 let message =
                     format!("{ready} of {total} slots of revision {} are loaded", placement.cutover.assigned());
@@ -148,21 +153,30 @@ impl View {
                 wanted(kind, false, "Paused", "spec.paused: nothing is planned".to_owned())
             }
             (None, None) => wanted(kind, false, "Pending", "no plan was made yet".to_owned()),
-            (None, Some(layout)) => {
-                let declared = survive(placement.spec.redundancy.survive);
-                let devices = layout.devices.len();
-                let message = match placement.memory.survives.filter(|survives| *survives < declared) {
-                    Some(survives) => format!(
-                        "placed on {devices} devices; survives the loss of {} instead of {}",
-                        survives.as_str(),
-                        declared.as_str()
-                    ),
-                    None => format!("placed on {devices} devices"),
-                };
-                wanted(kind, true, "Placed", message)
-            }
+            (None, Some(layout)) => wanted(kind, true, "Placed", describe(placement, layout)),
         }
     }
+}
+
+/// Where a placement is, and what it has less of than was asked for.
+fn describe(placement: &Placement, layout: &Layout) -> String {
+    let mut message = format!("placed on {} devices", layout.devices.len());
+    let declared = survive(placement.spec.redundancy.survive);
+    let survives = placement.memory.survives.unwrap_or(declared);
+    if survives < declared {
+        let (survives, declared) = (survives.as_str(), declared.as_str());
+        message.push_str(&format!("; survives the loss of {survives} instead of {declared}"));
+    }
+    let asked = usize::try_from(placement.spec.redundancy.extra_replicas).unwrap_or(usize::MAX);
+    let experts = usize::try_from(placement.spec.geometry.experts).unwrap_or(usize::MAX);
+    let fewest = layout.layers.values().map(|row| row.iter().flatten().count()).min().unwrap_or(0);
+    let extra = fewest.saturating_sub(experts.saturating_mul(survives.copies()));
+    if extra < asked {
+        message.push_str(&format!(
+            "; {extra} of {asked} extra replicas in a layer: its devices have no more slots, or hold every expert already"
+        ));
+    }
+    message
 }
 
 fn wanted(kind: ConditionType, status: bool, reason: &'static str, message: String) -> Wanted {

@@ -4,6 +4,7 @@
 
 mod changes;
 mod deposed;
+mod hangs;
 mod kills;
 mod many;
 mod processes;
@@ -195,6 +196,7 @@ async fn the_ring_lives_through_what_happens_to_it() {
     let ring = Ring::install().await;
     kills::parts_killed_in_the_middle_of_a_generation_change_no_token(&ring).await;
     deposed::a_paused_leader_that_was_deposed_writes_nothing(&ring).await;
+    hangs::a_worker_that_hangs_while_loading_does_not_block_a_revision(&ring).await;
     changes::scaled_up_both_instances_serve_and_scaled_down_one(&ring).await;
     changes::new_weights_make_a_new_instance_and_no_request_fails(&ring).await;
     changes::a_deleted_deployment_leaves_no_object_process_or_loaded_slot(&ring).await;

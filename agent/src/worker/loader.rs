@@ -263,8 +263,8 @@ impl Loader {
         progress: &Progress,
         stop: &CancellationToken,
     ) -> Result<Held, LoadError> {
-        let checkpoint = self.open(shelf)?;
-        let digest: Arc<str> = identity(&checkpoint, &shelf.uri)?.into();
+        let checkpoint = self.open(shelf, progress)?;
+        let digest: Arc<str> = identity(&checkpoint, &shelf.uri, progress)?.into();
         let model = Model::read(&checkpoint, &shelf.uri)?;
         model.check(shelf)?;
         let wanted = wanted(shelf);
@@ -293,7 +293,7 @@ impl Loader {
     }
 
     /// Opens what the shelf names, or takes what is open when its digest is the one ordered.
-    fn open(&self, shelf: &Shelf) -> Result<Arc<Checkpoint>, LoadError> {
+    fn open(&self, shelf: &Shelf, progress: &Progress) -> Result<Arc<Checkpoint>, LoadError> {
         let path = self.roots.resolve(&shelf.uri)?;
         let known = self.open.lock().unwrap_or_else(PoisonError::into_inner).get(&path).and_then(Weak::upgrade);
         if let Some(open) = known
@@ -302,7 +302,7 @@ impl Loader {
             return Ok(open);
         }
         let checkpoint = Arc::new(Checkpoint::open_within(&path, &self.roots)?);
-        let found = identity(&checkpoint, &shelf.uri)?;
+        let found = identity(&checkpoint, &shelf.uri, progress)?;
         if !shelf.digest.is_empty() && shelf.digest != found {
             let (uri, wanted, found) = (shelf.uri.clone(), shelf.digest.clone(), found.to_owned());
             return Err(LoadError::Digest { uri, wanted, found });
@@ -400,8 +400,12 @@ fn wanted(shelf: &Shelf) -> Wanted {
     wanted
 }
 
-fn identity<'a>(checkpoint: &'a Checkpoint, uri: &str) -> Result<&'a str, LoadError> {
-    checkpoint.identity().map_err(|reason| LoadError::Identity { uri: uri.to_owned(), reason: reason.to_owned() })
+fn identity<'a>(checkpoint: &'a Checkpoint, uri: &str, progress: &Progress) -> Result<&'a str, LoadError> {
+    let read = |bytes| {
+        progress.digested.fetch_add(bytes, Ordering::Relaxed);
+    };
+    let unreadable = |reason: &str| LoadError::Identity { uri: uri.to_owned(), reason: reason.to_owned() };
+    checkpoint.identity_telling(&read).map_err(unreadable)
 }
 
 /// What a checkpoint's config says of its experts.

@@ -174,6 +174,8 @@ pub(crate) struct Progress {
     pub(crate) slots: AtomicU64,
     /// Bytes read for this shelf.
     pub(crate) bytes: AtomicU64,
+    /// Bytes of the checkpoint read to know which it is.
+    pub(crate) digested: AtomicU64,
 }
 
 /// How far a device is with a shelf.
@@ -225,6 +227,7 @@ impl View {
             slots_total: self.slots,
             bytes: held.map_or(0, |held| held.bytes().get()),
             loaded_bytes: self.progress.bytes.load(Ordering::Relaxed),
+            digested_bytes: self.progress.digested.load(Ordering::Relaxed),
             error: error.to_owned(),
             digest: held.map(|held| held.digest.clone()).unwrap_or_default(),
         }

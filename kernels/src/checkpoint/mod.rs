@@ -128,7 +128,7 @@ impl Checkpoint {
     /// parallel; one to two seconds per gigabyte and core), later ones are free. If a file cannot be read it is
     /// `unreadable:` and the reason, which equals no digest; see [`Checkpoint::identity`].
     pub fn digest(&self) -> &str {
-        match self.hashed() {
+        match self.hashed(&|_| ()) {
             Ok(digest) | Err(digest) => digest,
         }
     }
@@ -138,12 +138,21 @@ impl Checkpoint {
     /// # Errors
     /// The reason in words, naming the file.
     pub fn identity(&self) -> Result<&str, &str> {
-        self.hashed().as_ref().map(String::as_str).map_err(String::as_str)
+        self.identity_telling(&|_| ())
     }
 
-    fn hashed(&self) -> &Result<String, String> {
+    /// As [`Checkpoint::identity`]; `read` is told the bytes of each part that is read for it, from several threads,
+    /// and nothing when the identity is known already.
+    ///
+    /// # Errors
+    /// The reason in words, naming the file.
+    pub fn identity_telling(&self, read: &(dyn Fn(u64) + Sync)) -> Result<&str, &str> {
+        self.hashed(read).as_ref().map(String::as_str).map_err(String::as_str)
+    }
+
+    fn hashed(&self, read: &(dyn Fn(u64) + Sync)) -> &Result<String, String> {
         self.digest.get_or_init(|| {
-            let parts: Result<Vec<_>, _> = self.shards.par_iter().map(Shard::digest).collect();
+            let parts: Result<Vec<_>, _> = self.shards.par_iter().map(|shard| shard.digest(read)).collect();
             let parts = parts.map_err(|e| format!("unreadable:{e}"))?;
             let mut hash = Sha256::new();
             parts.iter().for_each(|part| hash.update(part));

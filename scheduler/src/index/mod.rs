@@ -18,7 +18,7 @@ use berth_types::{DeviceId, ExpertId, LayerId, PlacementName, Revision};
 pub use node::{GONE, Health, Node, Phase, SILENT, Shelf, Worker};
 pub use placement::{Memory, Placement, Stored, from_map, to_map};
 
-use crate::cutover::Progress;
+use crate::cutover::{Late, Progress};
 
 /// Everything known.
 #[derive(Debug)]
@@ -340,15 +340,16 @@ impl Index {
                 continue;
             }
             if self.live(now, &placement.uid, revision, device).is_some() {
-                progress.ready += 1;
+                progress.ready.insert(device.clone());
                 continue;
             }
-            progress.late.push(device.clone());
             let worker = self.nodes.get(device.node()).and_then(|node| node.worker(device));
             let shelf = worker.and_then(|worker| worker.shelves.get(&(placement.uid.clone(), revision)));
-            if shelf.is_some_and(|shelf| matches!(shelf.phase, Phase::Failed(_))) {
-                progress.failed.push(device.clone());
-            }
+            let failed = shelf.is_some_and(|shelf| matches!(shelf.phase, Phase::Failed(_)));
+            // A worker loads one shelf after the other: one that waits for its turn does not hang.
+            let read = worker.into_iter().flat_map(|worker| worker.shelves.values()).map(|shelf| shelf.read).sum();
+            let late = if failed { Late::Failed } else { Late::Loading(read) };
+            progress.late.insert(device.clone(), late);
         }
         progress.covered = self.lost(now, placement, revision) == Some(0);
         progress

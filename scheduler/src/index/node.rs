@@ -31,6 +31,8 @@ pub struct Shelf {
     pub phase: Phase,
     /// Slots loaded.
     pub slots_ready: u64,
+    /// Bytes read for it, those that only told which checkpoint it is among them.
+    pub read: Bytes,
 }
 
 /// The worker of a device.

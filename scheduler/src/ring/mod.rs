@@ -206,7 +206,7 @@ impl Ring {
         let grace = self.index.grace(now);
         let instances: BTreeMap<_, _> = progress
             .late
-            .iter()
+            .keys()
             .map(|device| {
                 let worker = self.index.nodes().get(device.node()).and_then(|node| node.worker(device));
                 (device.clone(), worker.map_or(0, |worker| worker.instance))
@@ -224,7 +224,10 @@ impl Ring {
                 late
             }
         };
-        if !late.is_empty() {
+        // A device that has loaded after all may be used again.
+        let avoided = placement.avoided.len();
+        placement.avoided.retain(|device, _| !progress.ready.contains(device));
+        if !late.is_empty() || placement.avoided.len() < avoided {
             placement.memory.stale = true;
         }
         placement.avoided.extend(late.into_iter().filter_map(|device| {

@@ -74,6 +74,22 @@ async fn a_placement_that_does_not_fit_says_what_is_missing_and_heals() {
 }
 
 #[tokio::test]
+async fn extra_replicas_that_find_no_room_are_said() {
+    let rig = Rig::start(1).await;
+    let mut one = rig.agent("node-1", 2).await;
+    let mut two = rig.agent("node-2", 2).await;
+    let mut object = placement(4);
+    // 16 experts, two copies of each, and every device holds all of them: 64 replicas and no more.
+    object.spec.redundancy.extra_replicas = 100;
+    rig.apply(&object).await;
+    one.obey_until(|desired| desired.revisions() == [1]).await;
+    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let status = rig.status_where(|status| rig::is_true(status, "Ready")).await;
+    let placed = rig::message(&status, "Placed");
+    assert!(placed.contains("32 of 100 extra replicas"), "{placed}");
+}
+
+#[tokio::test]
 async fn a_deleted_placement_leaves_no_shelf() {
     let rig = Rig::start(1).await;
     let mut one = rig.agent("node-1", 2).await;
