@@ -28,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-use berth_runtime::{Clock, Part, PartConfig, PartError, Tasks};
+use berth_runtime::{Clock, Part, PartConfig, PartError, Tasks, admin::Admin};
 use berth_types::NodeName;
 use futures::future::BoxFuture;
 use kube::Client;
@@ -53,6 +53,8 @@ use workers::{View, WorkerConfig, Workers};
 const FACT_ROOM: usize = 256;
 /// How long workers may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(20);
+/// A task without a turn for so long makes the process not live.
+const ALIVE_WITHIN: Duration = Duration::from_secs(60);
 
 /// What an agent is told.
 #[derive(Clone, Debug)]
@@ -158,7 +160,7 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     let nvml = WatchConfig { library: nvml_library, kernel_lists: host::nvidia_devices(&pci_devices), expected };
     let (log, _log_stop) = open_log(&kernel_log);
     // Workers end first; what tells of it stays until they have.
-    let organs = Organs { tasks: part.tasks.clone(), last: CancellationToken::new() };
+    let organs = Organs { tasks: part.tasks.clone(), admin: part.admin.clone(), last: CancellationToken::new() };
     let eyes = Eyes { nvml, log, observer: None };
     let keep = |name, task| organs.keep(name, task);
     let observation = observe(eyes, &clock, &metrics, &organs.last, keep).map_err(AgentError::Host)?;
@@ -176,9 +178,10 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     Ok(part.finish().await?)
 }
 
-/// The tasks of an agent, and the token of those that end last.
+/// The tasks of an agent, each with a sign of life, and the token of those that end last.
 struct Organs {
     tasks: Tasks,
+    admin: Admin,
     last: CancellationToken,
 }
 
@@ -193,8 +196,9 @@ struct Speech {
 
 impl Organs {
     fn keep(&self, name: &'static str, task: BoxFuture<'static, ()>) {
+        let alive = self.admin.heartbeat(name, ALIVE_WITHIN);
         self.tasks.keep(name, async move {
-            task.await;
+            alive.during(task).await;
             Ok::<_, Infallible>(())
         });
     }

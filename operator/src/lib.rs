@@ -46,6 +46,8 @@ use writes::Writes;
 const CONCURRENCY: u16 = 4;
 /// Touches of one object within this time make one pass.
 const GATHER: Duration = Duration::from_millis(20);
+/// Control without a turn for so long makes the process not live.
+const ALIVE_WITHIN: Duration = Duration::from_secs(60);
 
 /// What the operator is told.
 #[derive(Clone, Debug)]
@@ -70,13 +72,14 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     let metrics = part.metrics.register(OperatorMetrics::register);
     let mut leadership = part.lead(client.clone(), lease);
     let (tasks, clock) = (part.tasks.clone(), part.clock.clone());
+    let alive = part.admin.heartbeat("control", ALIVE_WITHIN);
     part.tasks.keep("control", async move {
-        while let Some(term) = next_term(&mut leadership, tasks.stopping()).await {
+        while let Some(term) = alive.during(next_term(&mut leadership, tasks.stopping())).await {
             tracing::info!(epoch = %term.epoch(), "leading");
             let may_write = term.clone();
             let may_write = Arc::new(move || may_write.check().map(drop));
             let writes = Writes::new(client.clone(), clock.clone(), metrics.clone(), may_write, instance.clone());
-            control(&client, writes, runner.clone(), &clock, &metrics, &term).await;
+            alive.during(control(&client, writes, runner.clone(), &clock, &metrics, &term)).await;
             tracing::info!(epoch = %term.epoch(), "no longer leading");
         }
         Ok::<_, PartError>(())

@@ -57,6 +57,21 @@ impl Heartbeat {
         self.last_ms.store(millis(self.clock.now()), Ordering::Relaxed);
     }
 
+    /// Beats while `work` runs. It shows that the task that polls this gets its turns: nothing in it blocks or spins.
+    /// A wait inside of it needs a deadline of its own.
+    pub async fn during<F: Future>(&self, work: F) -> F::Output {
+        let mut work = std::pin::pin!(work);
+        loop {
+            self.beat();
+            // Cancel-safe: the work is only polled, never dropped.
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                () = self.clock.sleep(self.within / 4) => {}
+            }
+        }
+    }
+
     fn verdict(&self) -> Verdict {
         let silent = millis(self.clock.now()).saturating_sub(self.last_ms.load(Ordering::Relaxed));
         let reason = format!("no turn for {silent} ms, limit {} ms", millis(self.within));
@@ -231,6 +246,27 @@ mod tests {
                 assert_eq!(text, "[-]reconcile failed: no turn for 11000 ms, limit 10000 ms\n");
                 beat.beat();
                 assert_eq!(admin.livez().0, StatusCode::OK);
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn work_that_waits_beats_and_work_that_blocks_does_not() {
+        let (admin, clock) = admin();
+        let beat = admin.heartbeat("control", Duration::from_secs(10));
+        clock
+            .clone()
+            .run(async move {
+                let waits = clock.sleep(Duration::from_secs(60));
+                let looks = async {
+                    clock.sleep(Duration::from_secs(45)).await;
+                    admin.livez().0
+                };
+                // Both arms only wait.
+                let ((), while_waiting) = tokio::join!(beat.during(waits), looks);
+                assert_eq!(while_waiting, StatusCode::OK);
+                clock.sleep(Duration::from_secs(11)).await;
+                assert_eq!(admin.livez().0, StatusCode::SERVICE_UNAVAILABLE, "nothing runs any more");
             })
             .unwrap();
     }
