@@ -119,7 +119,7 @@ fn config(dir: &std::path::Path, listen: SocketAddr, admin_listen: SocketAddr, s
         experts: ExpertsConfig { deadline: Duration::from_secs(8), ..ExpertsConfig::default() },
         beat: Duration::from_millis(100),
         window: Duration::from_millis(200),
-        linger: Duration::ZERO,
+        linger: Duration::from_secs(2),
         drain: Duration::from_secs(10),
     }
 }
@@ -263,7 +263,7 @@ async fn it_serves_on_without_a_scheduler_and_refuses_a_deposed_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn asked_to_stop_it_finishes_what_it_has_and_takes_nothing_new() {
+async fn asked_to_stop_it_lingers_then_takes_nothing_new_and_finishes_what_it_has() {
     let mut scene = Scene::start().await;
     let mut talk = scene.talk().await;
     talk.hello(1).await;
@@ -274,6 +274,14 @@ async fn asked_to_stop_it_finishes_what_it_has_and_takes_nothing_new() {
     let mut events = client.generate(request(4)).await.unwrap().into_inner();
     assert!(matches!(events.message().await.unwrap().unwrap().event, Some(Event::Prompt(_))));
     scene.stop.cancel();
+    let unready = async {
+        while !scene.probe("/readyz").await.starts_with("HTTP/1.1 503") {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(Duration::from_secs(1), unready).await.expect("it is still ready");
+    // A client that has not heard of it yet.
+    let mut late = scene.client().await.generate(request(4)).await.unwrap().into_inner();
     let refused = async {
         while TcpStream::connect(scene.listen).await.is_ok() {
             tokio::task::yield_now().await;
@@ -282,13 +290,15 @@ async fn asked_to_stop_it_finishes_what_it_has_and_takes_nothing_new() {
     timeout(Duration::from_secs(5), refused).await.expect("it still accepts connections");
     assert!(scene.probe("/readyz").await.starts_with("HTTP/1.1 503"));
     scene.crew.workers.iter().for_each(|worker| worker.set(Mode::Serve));
-    let mut reason = None;
-    while let Some(event) = events.message().await.unwrap() {
-        if let Some(Event::Finished(end)) = event.event {
-            reason = Some(end.reason());
+    for events in [&mut events, &mut late] {
+        let mut reason = None;
+        while let Some(event) = events.message().await.unwrap() {
+            if let Some(Event::Finished(end)) = event.event {
+                reason = Some(end.reason());
+            }
         }
+        assert_eq!(reason, Some(FinishReason::Length));
     }
-    assert_eq!(reason, Some(FinishReason::Length));
     scene.end().await;
 }
 
