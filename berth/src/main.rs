@@ -14,6 +14,7 @@ mod kernels;
 mod lab;
 mod operator;
 mod output;
+mod probe;
 mod profile;
 mod runner;
 mod scheduler;
@@ -49,6 +50,8 @@ enum Command {
     /// One device's process, started by an agent.
     #[command(hide = true)]
     Worker(worker::Args),
+    /// Check that one device computes what it should.
+    Probe(probe::Args),
     /// Keep Kubernetes objects true.
     Operator(operator::OperatorArgs),
     /// Run the scheduler.
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Command::Lab(args) => lab::run(args),
         Command::Runner(args) => runner::run(args),
         Command::Worker(args) => worker::run(args),
+        Command::Probe(args) => probe::run(args),
         Command::Operator(args) => operator::run(args),
         Command::Scheduler(args) => scheduler::run(args),
         Command::Profile(args) => profile::run(args),

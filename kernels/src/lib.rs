@@ -14,6 +14,7 @@ pub mod format;
 pub mod linear;
 mod num;
 pub mod routing;
+pub mod validation;
 pub mod vendor;
 
 pub use backend::{Backend, BackendKind, Batch, MemoryUse, PackedExpert, StoredExpert, open};

@@ -21,6 +21,12 @@ pub(crate) fn f64_of(value: usize) -> f64 {
     value as f64
 }
 
+/// An integer as a float, exact up to 2^24.
+#[inline]
+pub(crate) fn f32_of_i32(value: i32) -> f32 {
+    value as f32
+}
+
 /// The nearest `f32`; overflow becomes an infinity, which callers keep as such.
 #[inline]
 pub(crate) fn f32_near(value: f64) -> f32 {

@@ -22,10 +22,15 @@ impl Presence {
     /// Watches `device` below `root` (`/sys/bus/pci/devices`).
     #[must_use]
     pub(crate) fn of(device: &DeviceId, root: &Path) -> Self {
-        let config = File::open(root.join(device.local()).join("config")).ok();
-        let watched = Self { config };
+        let watched = Self::watch(device, root);
         // A file that never told a vendor tells nothing later either.
         if watched.lost() { Self::default() } else { watched }
+    }
+
+    /// The same, with a file that tells no vendor taken at its word.
+    #[must_use]
+    pub(crate) fn watch(device: &DeviceId, root: &Path) -> Self {
+        Self { config: File::open(root.join(device.local()).join("config")).ok() }
     }
 
     /// Whether the device has left its bus.
