@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod node;
 pub mod node_status;
 pub mod orders;
+pub mod probe;
 pub mod published;
 pub mod report;
 pub mod tend;
@@ -35,12 +36,13 @@ use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use health::{kmsg::KernelLog, ledger::Report, log, tail::Tail};
+use health::{device::Settings, fact::Local, kmsg::KernelLog, ledger::Report, log, tail::Tail};
 use host::Host;
 use metrics::Metrics;
 use node::{Keeper, Snapshot};
 use node_status::NodeStatus;
 use orders::{Desired, Wanted};
+use probe::Prober;
 use published::Publisher;
 use report::{Leader, Reporter};
 use vendor::{
@@ -51,6 +53,8 @@ use workers::{View, WorkerConfig, Workers};
 
 /// Facts on their way to the ledger.
 const FACT_ROOM: usize = 256;
+/// Devices that wait for their validation.
+const PROBE_ROOM: usize = 64;
 /// How long workers may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(20);
 /// A task without a turn for so long makes the process not live.
@@ -73,6 +77,8 @@ pub struct Config {
     pub pci_devices: PathBuf,
     /// How workers are started.
     pub worker: WorkerConfig,
+    /// How health is judged.
+    pub health: Settings,
 }
 
 /// Why an agent could not run.
@@ -94,6 +100,10 @@ pub struct Eyes {
     pub log: Option<Box<dyn KernelLog>>,
     /// Told every report as it is said.
     pub observer: Option<mpsc::UnboundedSender<Report>>,
+    /// Told every device that is due for validation; `None` = validations come as facts alone.
+    pub probes: Option<mpsc::Sender<Local>>,
+    /// How health is judged.
+    pub settings: Settings,
 }
 
 /// A node under watch.
@@ -134,6 +144,8 @@ pub fn observe(
         detectors,
         metrics: metrics.clone(),
         observer: eyes.observer,
+        probes: eyes.probes,
+        settings: eyes.settings,
     };
     spawn("ledger", Box::pin(keeper.run(shown, stop.clone())));
     Ok(Observation { snapshots, facts })
@@ -144,7 +156,7 @@ pub fn observe(
 /// # Errors
 /// [`AgentError`].
 pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), AgentError> {
-    let Config { node, admin_listen, scheduler_lease, kernel_log, nvml_library, pci_devices, worker } = config;
+    let Config { node, admin_listen, scheduler_lease, kernel_log, nvml_library, pci_devices, worker, health } = config;
     let host = Host::read().map_err(AgentError::Host)?;
     let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
     let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
@@ -161,7 +173,8 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     let (log, _log_stop) = open_log(&kernel_log);
     // Workers end first; what tells of it stays until they have.
     let organs = Organs { tasks: part.tasks.clone(), admin: part.admin.clone(), last: CancellationToken::new() };
-    let eyes = Eyes { nvml, log, observer: None };
+    let (probes, due) = mpsc::channel(PROBE_ROOM);
+    let eyes = Eyes { nvml, log, observer: None, probes: Some(probes), settings: health };
     let keep = |name, task| organs.keep(name, task);
     let observation = observe(eyes, &clock, &metrics, &organs.last, keep).map_err(AgentError::Host)?;
     let ready = part.admin.check("devices");
@@ -172,6 +185,15 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         }
         Ok::<_, Infallible>(())
     });
+    let prober = Prober {
+        clock: clock.clone(),
+        node: node.clone(),
+        worker: worker.clone(),
+        pci_devices: pci_devices.clone(),
+        due,
+        facts: observation.facts.clone(),
+    };
+    organs.keep("prober", Box::pin(prober.run(organs.last.clone())));
     let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms };
     let speech = Speech { clock, node, client, scheduler_lease, metrics };
     organs.join(speech, publisher, worker, observation);

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     health::{
+        device::Settings,
         fact::{DeviceInfo, Local, Subject, What},
         ledger::{Ledger, Outcome, Report, Standing},
     },
@@ -63,12 +64,17 @@ pub struct Keeper {
     pub metrics: Metrics,
     /// Every report as it is said, for the node lab.
     pub observer: Option<mpsc::UnboundedSender<Report>>,
+    /// Where devices that are due for validation are named; `None` = validations come as facts alone.
+    pub probes: Option<mpsc::Sender<Local>>,
+    /// What the cluster's owner chose.
+    pub settings: Settings,
 }
 
 impl Keeper {
     /// Keeps the ledger until `stop` is cancelled. Shows nothing until every detector has settled.
     pub async fn run(mut self, shown: watch::Sender<Option<Arc<Snapshot>>>, stop: CancellationToken) {
-        let mut ledger = Ledger::new();
+        let mut ledger = Ledger::new(self.settings);
+        let mut probed = BTreeSet::new();
         let mut board = Board { shown, sequence: 0, notes: VecDeque::new() };
         let settle_by = self.clock.now().saturating_add(SETTLE_LIMIT);
         let mut started = false;
@@ -98,6 +104,7 @@ impl Keeper {
                 board.show(&ledger, &[]);
             }
             self.follow(&outcome);
+            self.probe(&ledger, &mut probed);
             if started && !outcome.reports.is_empty() {
                 self.tell(&outcome.reports);
                 board.show(&ledger, &outcome.reports);
@@ -120,6 +127,19 @@ impl Keeper {
             Seen::LogLost => {
                 self.bells.ring_all();
                 Outcome::default()
+            }
+        }
+    }
+
+    /// Names each device that has become due, once until it no longer is.
+    fn probe(&self, ledger: &Ledger, probed: &mut BTreeSet<Local>) {
+        let Some(probes) = &self.probes else { return };
+        let due: BTreeSet<Local> = ledger.awaiting_validation().cloned().collect();
+        probed.retain(|local| due.contains(local));
+        for local in due {
+            // One that finds no room is named again with the next fact.
+            if !probed.contains(&local) && probes.try_send(local.clone()).is_ok() {
+                probed.insert(local);
             }
         }
     }

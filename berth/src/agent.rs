@@ -1,9 +1,9 @@
 //! `berth agent`: one node's supervisor, as the chart's DaemonSet starts it.
 
-use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf};
+use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use anyhow::Context;
-use berth_agent::{Config, workers::WorkerConfig};
+use berth_agent::{Config, health::device::Settings, workers::WorkerConfig};
 use berth_runtime::{
     Clock, shutdown,
     telemetry::{self, LogFormat},
@@ -61,6 +61,9 @@ pub(crate) struct AgentArgs {
     /// Threads of each worker; default: all cores
     #[arg(long, env = "BERTH_WORKER_THREADS")]
     worker_threads: Option<NonZeroUsize>,
+    /// How long a device that came back is watched before it is used again, in seconds; it doubles for repeaters
+    #[arg(long, env = "BERTH_PROBATION_SECONDS", default_value_t = 600)]
+    probation_seconds: u64,
     /// What to log: error, warn, info, debug or a filter per module
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
@@ -80,6 +83,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         worker_backend,
         worker_memory,
         worker_threads,
+        probation_seconds,
         log,
     } = args;
     telemetry::init_logs(&log, LogFormat::detect())?;
@@ -102,6 +106,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         nvml_library,
         pci_devices,
         worker,
+        health: Settings { probation: Duration::from_secs(probation_seconds) },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

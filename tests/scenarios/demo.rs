@@ -2,7 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use berth_tests::demo::{self, Options, Report};
+use berth_tests::demo::{self, Options, Report, nodes::Fleet};
+
+/// The simulated nodes.
+const FLEET: Fleet = Fleet::NVIDIA;
 
 fn checkpoint(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
@@ -12,6 +15,7 @@ async fn run(name: &str, path: &str) -> Report {
     let folder = tempfile::tempdir().unwrap();
     let options = Options {
         name: name.to_owned(),
+        fleet: FLEET,
         checkpoint: checkpoint(path),
         report: folder.path().join("report.json"),
         kubeconfig: None,
@@ -36,7 +40,12 @@ fn assert_repaired(report: &Report) {
         assert!(fault.rerouted_ms > 0.0 && fault.rerouted_ms <= 2_000.0, "{fault:?}");
         assert!(fault.repaired_ms > 0.0, "{fault:?}");
     }
-    assert_eq!(report.fault.len(), 1);
+    assert_eq!(report.fault.len(), [FLEET.nvidia, FLEET.ascend].into_iter().filter(|nodes| *nodes > 0).count());
+    let drain = report.drain.as_ref().unwrap();
+    assert!(drain.requests > 0 && drain.failed_requests == 0, "{drain:?}");
+    let returned = report.returned.as_ref().unwrap();
+    assert_eq!(returned.devices, report.fault[0].devices);
+    assert!(returned.used_ms >= returned.healthy_ms, "{returned:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,15 +24,19 @@ use berth_tests::{
     demo::{
         Options,
         cluster::{self, Cluster},
+        nodes::Fleet,
         objects::{self, DEPLOYMENT},
         prompts::{self, Case, Runner},
     },
 };
 use k8s_openapi::api::{coordination::v1::Lease, core::v1::Pod};
 use kube::{Api, Client, api::ListParams};
+use serde_json::json;
 
 use crate::cluster::has;
 
+/// The nodes.
+const FLEET: Fleet = Fleet::NVIDIA;
 /// Longest time for anything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Tokens of a prompt that something happens in the middle of.
@@ -56,6 +60,7 @@ impl Ring {
         let checkpoints = ["first", "second"].map(|name| copy(&source, &root.join(name)));
         let options = Options {
             name: "ring".into(),
+            fleet: FLEET,
             checkpoint: checkpoints[0].clone(),
             report: PathBuf::new(),
             kubeconfig: None,
@@ -64,8 +69,9 @@ impl Ring {
         let cluster = Cluster::start(&options).await.expect("a cluster");
         cluster.install().await.expect("the chart installed");
         let client = cluster.client().clone();
-        objects::nodes_are_healthy(&client, cluster::NODES, PATIENCE).await.expect("healthy nodes");
-        cluster.apply_model(&checkpoints[0]).await.expect("a deployment");
+        objects::nodes_are_healthy(&client, FLEET.len(), PATIENCE).await.expect("healthy nodes");
+        cluster.apply_profile(&checkpoints[0]).await.expect("a profile");
+        cluster.apply_deployment(DEPLOYMENT, &checkpoints[0], &json!({})).await.expect("a deployment");
         let cases = prompts::read_cases(&checkpoints[0]).expect("a reference");
         let long = Case { expected: None, max_tokens: LONG, ..cases[0].clone() };
         let mut ring = Self { cluster, client, checkpoints, cases, long };
@@ -155,7 +161,7 @@ impl Ring {
             let nodes: BTreeSet<_> = assigned.devices.iter().map(|device| device.node()).collect();
             let slots = (status.slots_ready, status.slots_total);
             let whole = (status.serving_revision, status.draining_revision) == (assigned.revision, 0)
-                && (slots.0, status.experts_lost, nodes.len()) == (slots.1, 0, cluster::NODES);
+                && (slots.0, status.experts_lost, nodes.len()) == (slots.1, 0, FLEET.len());
             if !whole {
                 let serving = (status.serving_revision, status.draining_revision, status.experts_lost);
                 let (revision, devices) = (assigned.revision, assigned.devices);

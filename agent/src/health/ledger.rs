@@ -12,7 +12,7 @@ use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
 use super::{
     catalog::{self, Row, Treat},
     condition::{Clears, Condition, Origin, Phase, WINDOW, Words, compose},
-    device::{Device, Effect},
+    device::{Device, Effect, Settings},
     fact::{DeviceInfo, Fact, Local, Subject, What},
 };
 
@@ -76,13 +76,14 @@ pub struct Ledger {
     switch_fault: Option<Duration>,
     strangers: BTreeMap<Local, Duration>,
     started: bool,
+    settings: Settings,
 }
 
 impl Ledger {
     /// A ledger that takes facts as history until [`Self::start`].
     #[must_use]
-    pub fn new() -> Self {
-        Self::default()
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, ..Self::default() }
     }
 
     /// Takes one fact at `now`.
@@ -153,6 +154,12 @@ impl Ledger {
             })
     }
 
+    /// Devices that only a validation keeps from coming back.
+    pub fn awaiting_validation(&self) -> impl Iterator<Item = &Local> {
+        let due = self.devices.iter().filter(|(_, device)| self.started && device.awaits_validation());
+        due.map(|(local, _)| local)
+    }
+
     /// Every device, with what is known of it.
     pub fn devices(&self) -> impl Iterator<Item = (&Local, Option<&DeviceInfo>)> {
         self.devices.iter().map(|(local, device)| (local, device.info.as_ref()))
@@ -170,7 +177,7 @@ impl Ledger {
             return self.node_condition(now, row, &format!("{}, {local}", xid.evidence()));
         }
         let fresh = !self.started;
-        let device = self.devices.entry(local.clone()).or_insert_with(|| Device::new(fresh));
+        let device = self.devices.entry(local.clone()).or_insert_with(|| Device::new(fresh, self.settings));
         let mut effects = Vec::new();
         device.take(now, what, &mut effects);
         self.follow(now, local, effects, outcome);

@@ -6,6 +6,7 @@ use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope, Vendor}
 use proptest::prelude::*;
 
 use super::{
+    device::Settings,
     fact::{DeviceInfo, Fact, Read, Reading, ResetStep, Rows, Source, Subject, What, Xid},
     ledger::{Ledger, Outcome, Report},
 };
@@ -51,7 +52,7 @@ fn xid(number: u16, pid: Option<u32>) -> What {
 }
 
 fn started() -> Ledger {
-    let mut ledger = Ledger::new();
+    let mut ledger = Ledger::new(Settings::default());
     for local in [ONE, TWO] {
         ledger.take(ms(0), &Fact::device(local, What::Listed(info(local))));
         ledger.take(ms(0), &Fact::device(local, What::Reading(Box::new(reading(ms(0))))));
@@ -98,6 +99,47 @@ fn a_lost_device_comes_back_only_after_reset_reading_validation_and_probation() 
     ledger.tick(ms(609_999));
     assert_eq!(state(&ledger).health, Health::Degraded);
     ledger.tick(ms(610_000));
+    assert_eq!(state(&ledger), DeviceState::HEALTHY);
+}
+
+#[test]
+fn a_validation_is_due_once_a_lost_device_is_found_again_and_once_more_after_a_reset() {
+    let due = |ledger: &Ledger| ledger.awaiting_validation().map(String::as_str).collect::<Vec<_>>().join(" ");
+    let lost = |begun| What::Reading(Box::new(Reading { lost: true, ..reading(begun) }));
+    let mut ledger = started();
+    take(&mut ledger, 1, xid(79, None));
+    take(&mut ledger, 1_000, What::Reading(Box::new(reading(ms(1_000)))));
+    assert_eq!(due(&ledger), "", "it was never gone: only a reset can help");
+    take(&mut ledger, 2_000, lost(ms(2_000)));
+    assert_eq!(due(&ledger), "");
+    take(&mut ledger, 3_000, What::Reading(Box::new(reading(ms(3_000)))));
+    assert_eq!(due(&ledger), ONE);
+    take(&mut ledger, 4_000, What::Validated(false));
+    take(&mut ledger, 5_000, What::Reading(Box::new(reading(ms(5_000)))));
+    assert_eq!(due(&ledger), "", "nothing was done to it since");
+    take(&mut ledger, 6_000, What::Reset(ResetStep::Started));
+    take(&mut ledger, 7_000, What::Reset(ResetStep::Done));
+    assert_eq!(due(&ledger), "", "no reading since");
+    take(&mut ledger, 8_000, What::Reading(Box::new(reading(ms(7_500)))));
+    assert_eq!(due(&ledger), ONE);
+    take(&mut ledger, 9_000, What::Validated(true));
+    assert_eq!(due(&ledger), "");
+}
+
+#[test]
+fn how_long_a_device_is_watched_is_for_the_owner_to_say() {
+    let mut ledger = Ledger::new(Settings { probation: ms(5_000) });
+    ledger.take(ms(0), &Fact::device(ONE, What::Listed(info(ONE))));
+    ledger.take(ms(0), &Fact::device(ONE, What::Reading(Box::new(reading(ms(0))))));
+    ledger.start(ms(0));
+    take(&mut ledger, 1, xid(79, None));
+    take(&mut ledger, 2_000, What::Reset(ResetStep::Started));
+    take(&mut ledger, 3_000, What::Reset(ResetStep::Done));
+    take(&mut ledger, 4_000, What::Reading(Box::new(reading(ms(4_000)))));
+    take(&mut ledger, 5_000, What::Validated(true));
+    ledger.tick(ms(9_999));
+    assert_eq!(state(&ledger).health, Health::Degraded);
+    ledger.tick(ms(10_000));
     assert_eq!(state(&ledger), DeviceState::HEALTHY);
 }
 
@@ -332,7 +374,7 @@ proptest! {
     fn history_alone_never_accuses_a_device_that_says_it_is_well(
         history in proptest::collection::vec((Just(0u64), any_fact()), 0..40),
     ) {
-        let mut ledger = Ledger::new();
+        let mut ledger = Ledger::new(Settings::default());
         ledger.take(ms(0), &Fact::device(ONE, What::Listed(info(ONE))));
         let lines: Vec<_> = history
             .into_iter()

@@ -12,6 +12,7 @@ use anyhow::Context;
 use berth_agent::{
     Eyes, Observation,
     health::{
+        device::Settings,
         fact::{Fact, PciAddress, ResetStep, What as Seen},
         kmsg::{KernelLog, Read},
         ledger::Report,
@@ -100,7 +101,13 @@ impl Lab {
             kernel_lists: present.filter_map(|device| device.local.parse::<PciAddress>().ok()).collect(),
             expected: self.script.expected,
         };
-        let eyes = Eyes { nvml, log: Some(Box::new(LabLog(log))), observer: Some(observer) };
+        let eyes = Eyes {
+            nvml,
+            log: Some(Box::new(LabLog(log))),
+            observer: Some(observer),
+            probes: None,
+            settings: Settings::default(),
+        };
         let mut observation = observe(eyes, &self.clock, &Metrics::default(), &stop, |_, task| {
             tokio::spawn(task);
         })?;

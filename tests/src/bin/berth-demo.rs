@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use berth_tests::demo::{self, Options, Report};
+use berth_tests::demo::{self, Options, Report, nodes::Fleet};
 
 /// Checkpoint that is shipped with the project.
 const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models/v3-tiny");
@@ -49,6 +49,7 @@ fn options() -> Result<Options, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
     Ok(Options {
         name: "demo".to_owned(),
+        fleet: Fleet::NVIDIA,
         checkpoint,
         report: variable("REPORT").map_or_else(|| root.join("target/demo/report.json"), PathBuf::from),
         kubeconfig: variable("BERTH_DEMO_KUBECONFIG").map(PathBuf::from),
@@ -86,8 +87,11 @@ fn judge(report: &Report) -> Result<String, String> {
             ));
         }
     }
+    if let Some(drain) = report.drain.as_ref().filter(|drain| drain.failed_requests > 0) {
+        return Err(format!("{} requests failed while {} was drained", drain.failed_requests, drain.node));
+    }
     let total = report.durations_s.get("total").copied().unwrap_or_default();
-    Ok(format!("done in {total:.0} s: {} prompts right, {} fault repaired", report.prompts.len(), report.fault.len()))
+    Ok(format!("done in {total:.0} s: {} prompts right, {} faults repaired", report.prompts.len(), report.fault.len()))
 }
 
 fn say(line: &str) {

@@ -1,35 +1,29 @@
-//! The demo's cluster: a control plane, the process kubelet with simulated nodes, and the chart on top. Device faults
-//! are what a real node would show: a record in the kernel log, and a library that no longer finds the device.
+//! The demo's cluster: a control plane, the process kubelet with simulated nodes, and the chart on top.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_crds::{ExpertPlacement, ModelDeployment, PlacementMap};
 use berth_types::DeviceId;
 use kube::{Api, Client};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use super::nodes::{DeviceNode, Loss};
 use super::{Options, objects};
 use crate::control_plane::ControlPlaneConfig;
 use crate::process_kubelet::{KubeletConfig, SimulatedNode};
 use crate::{ControlPlane, Error, ProcessKubelet, Result};
 
+/// Name of the ModelProfile.
+const PROFILE: &str = "demo-model";
 /// Namespace of the release.
 pub const NAMESPACE: &str = "berth-system";
-/// Simulated nodes.
-pub const NODES: usize = 2;
 /// A node without accelerators: native nodes are tainted, so the control plane's pods need another.
 const PLAIN: &str = "cpu-01";
-/// PCI addresses of each node's devices.
-const DEVICES: [&str; 2] = ["0000:3b:00.0", "0000:5e:00.0"];
-/// How the configuration space of a device begins: NVIDIA, H100. And of one that left its bus.
-const PRESENT: &[u8] = &[0xDE, 0x10, 0x30, 0x23];
-const ABSENT: &[u8] = &[0xFF; 4];
-/// Memory of each simulated device, bytes.
-const DEVICE_BYTES: u64 = 85_899_345_920;
+/// How long a device that came back is watched before it is used, in place of ten minutes.
+const PROBATION: Duration = Duration::from_secs(2);
 /// Longest time for the objects of a deployment to vanish.
 const VANISH: Duration = Duration::from_secs(60);
 /// Chart that is shipped with the project.
@@ -47,16 +41,6 @@ pub struct Cluster {
     plane: ControlPlane,
 }
 
-/// Files of one simulated node.
-#[derive(Clone, Debug)]
-struct DeviceNode {
-    name: String,
-    kmsg: PathBuf,
-    script: PathBuf,
-    /// What `/sys/bus/pci/devices` is on a real node.
-    pci: PathBuf,
-}
-
 impl Cluster {
     /// Starts everything below Berth: control plane and nodes. Weights may lie beside the checkpoint.
     ///
@@ -70,11 +54,11 @@ impl Cluster {
             Some(kubeconfig) => ControlPlane::attach(config, kubeconfig).await?,
             None => ControlPlane::start(config).await?,
         };
-        let (berth, double) = (built("berth")?, built("libberth_double_nvml.so")?);
+        let berth = built("berth")?;
         let folder = plane.dir().join("devices");
         fs::create_dir_all(&folder).map_err(Error::file("make", &folder))?;
-        let nodes = (1..=NODES).map(|number| DeviceNode::make(&folder, number)).collect::<Result<Vec<_>>>()?;
-        let mut simulated: Vec<_> = nodes.iter().map(|node| node.simulated(&double)).collect();
+        let nodes = options.fleet.nodes(&folder)?;
+        let mut simulated: Vec<_> = nodes.iter().map(DeviceNode::simulated).collect::<Result<_>>()?;
         simulated.push(SimulatedNode::named(PLAIN));
         for node in &mut simulated {
             node.host_paths.insert(weights.clone(), weights.clone());
@@ -120,6 +104,7 @@ impl Cluster {
     /// When a part does not become ready in time.
     pub async fn install(&self) -> Result<()> {
         let weights = format!("agent.weightsRoots={{{}}}", self.weights.display());
+        let probation = format!("agent.probationSeconds={}", PROBATION.as_secs());
         let install = [
             "install",
             "berth",
@@ -136,17 +121,18 @@ impl Cluster {
             "image.tag=dev",
             "--set",
             &weights,
+            "--set",
+            &probation,
         ];
         self.plane.helm(&install).await?;
         Ok(())
     }
 
-    /// Applies a ModelProfile made from the checkpoint's config.json, and the ModelDeployment.
+    /// Applies a ModelProfile made from the checkpoint's config.json.
     ///
     /// # Errors
     /// When the config cannot be imported or the API server refuses.
-    pub async fn apply_model(&self, checkpoint: &Path) -> Result<()> {
-        const PROFILE: &str = "demo-model";
+    pub async fn apply_profile(&self, checkpoint: &Path) -> Result<()> {
         let config = checkpoint.join("config.json").display().to_string();
         let import = tokio::process::Command::new(&self.berth)
             .args(["profile", "import", &config, "--name", PROFILE])
@@ -162,29 +148,46 @@ impl Cluster {
         }
         let profile = String::from_utf8_lossy(&import.stdout);
         self.plane.kubectl_with_input(&["apply", "-f", "-"], &profile).await?;
+        Ok(())
+    }
+
+    /// Applies a ModelDeployment of that profile, on `devices`.
+    ///
+    /// # Errors
+    /// When the API server refuses.
+    pub async fn apply_deployment(&self, name: &str, checkpoint: &Path, devices: &Value) -> Result<()> {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": objects::NAMESPACE}});
-        let deployment = objects::deployment(PROFILE, checkpoint);
+        let deployment = objects::deployment(name, PROFILE, checkpoint, devices);
         let both = json!({"apiVersion": "v1", "kind": "List", "items": [namespace, deployment]});
         self.plane.kubectl_with_input(&["apply", "-f", "-"], &both.to_string()).await?;
         Ok(())
     }
 
-    /// The loss of `device`, ready to happen.
+    /// The loss of `device` and of all that is on its card, ready to happen.
     ///
     /// # Errors
     /// When the device is on none of the nodes.
     pub fn loss_of(&self, device: &DeviceId) -> Result<Loss> {
-        let node = self.nodes.iter().find(|node| node.name == device.node()).cloned();
-        let node = node.ok_or_else(|| Error::Unknown { what: "node", name: device.node().to_owned() })?;
-        Ok(Loss { node, device: device.clone() })
+        let node = self.nodes.iter().find(|node| node.name() == device.node());
+        let loss = node.and_then(|node| node.loss_of(device));
+        loss.ok_or_else(|| Error::Unknown { what: "device", name: device.to_string() })
     }
 
-    /// When the agent's ledger decided that `device` is lost, milliseconds of Unix time: by the agent's own log, since
-    /// objects tell whole seconds.
+    /// When the agent's ledger had decided that all of `loss` is lost, milliseconds of Unix time: by the agent's own log,
+    /// since objects tell whole seconds.
     ///
     /// # Errors
     /// When a log cannot be read.
-    pub fn decided_ms(&self, device: &DeviceId) -> Result<Option<f64>> {
+    pub fn decided_ms(&self, loss: &Loss) -> Result<Option<f64>> {
+        let mut last: Option<f64> = None;
+        for device in loss.devices() {
+            let Some(decided) = self.decided_over(device)? else { return Ok(None) };
+            last = Some(last.map_or(decided, |last| last.max(decided)));
+        }
+        Ok(last)
+    }
+
+    fn decided_over(&self, device: &DeviceId) -> Result<Option<f64>> {
         let node = format!("\"node\":\"{}\"", device.node());
         for (namespace, pod, container, _) in self.kubelet.running() {
             if container != "agent" {
@@ -249,96 +252,10 @@ impl Cluster {
     }
 }
 
-impl DeviceNode {
-    /// Makes the files of node `number`: an empty kernel log, and the script that lists its devices.
-    fn make(folder: &Path, number: usize) -> Result<Self> {
-        let name = format!("gpu-{number:02}");
-        let (kmsg, script) = (folder.join(format!("{name}.kmsg")), folder.join(format!("{name}.jsonl")));
-        File::create(&kmsg).map_err(Error::file("create", &kmsg))?;
-        let pci = folder.join(format!("{name}.pci"));
-        for device in DEVICES.map(|address| pci.join(address)) {
-            fs::create_dir_all(&device).map_err(Error::file("make", &device))?;
-            for (file, content) in [("vendor", &b"0x10de\n"[..]), ("class", b"0x030200\n"), ("config", PRESENT)] {
-                let path = device.join(file);
-                fs::write(&path, content).map_err(Error::file("write", &path))?;
-            }
-        }
-        let devices = DEVICES.map(|pci| {
-            let uuid = format!("GPU-{number:08x}-0000-4000-8000-{:0>12}", pci.replace([':', '.'], ""));
-            json!({
-                "pci": pci, "uuid": uuid, "product": "NVIDIA H100 80GB HBM3", "memory_bytes": DEVICE_BYTES,
-                "serial": format!("16537{number:04}{}", pci.get(5..7).unwrap_or_default()),
-            })
-        });
-        let header = json!({
-            "node": name, "about": "simulated node", "nvidia": devices, "expected_devices": DEVICES.len(),
-            "libraries": {"nvml": {"driver": "580.95.05", "events": "0x1f9f"}},
-        });
-        fs::write(&script, format!("{header}\n")).map_err(Error::file("write", &script))?;
-        Ok(Self { name, kmsg, script, pci })
-    }
-
-    fn simulated(&self, double: &Path) -> SimulatedNode {
-        let path = |path: &Path| path.display().to_string();
-        SimulatedNode {
-            labels: BTreeMap::from([
-                ("berth.dev/mode".to_owned(), "native".to_owned()),
-                ("nvidia.com/gpu.present".to_owned(), "true".to_owned()),
-            ]),
-            env: BTreeMap::from([
-                ("BERTH_NVML_LIBRARY".to_owned(), path(double)),
-                ("BERTH_DOUBLE_SCRIPT".to_owned(), path(&self.script)),
-                ("BERTH_KMSG".to_owned(), path(&self.kmsg)),
-                ("BERTH_PCI_DEVICES".to_owned(), path(&self.pci)),
-                ("BERTH_WORKER_THREADS".to_owned(), "1".to_owned()),
-            ]),
-            ..SimulatedNode::named(&self.name)
-        }
-    }
-}
-
-/// A device that falls off the bus, in the two steps that a real node shows.
-#[derive(Clone, Debug)]
-pub struct Loss {
-    node: DeviceNode,
-    device: DeviceId,
-}
-
-impl Loss {
-    /// The device.
-    #[must_use]
-    pub fn device(&self) -> &DeviceId {
-        &self.device
-    }
-
-    /// From now on the device answers reads with ones.
-    ///
-    /// # Errors
-    /// When its file cannot be written.
-    pub fn leave_bus(&self) -> Result<()> {
-        let config = self.node.pci.join(self.device.local()).join("config");
-        fs::write(&config, ABSENT).map_err(Error::file("write", &config))
-    }
-
-    /// The driver has found out: the kernel log says so, and the library no longer finds the device.
-    ///
-    /// # Errors
-    /// When the node's files cannot be written.
-    pub fn driver_notices(&self) -> Result<()> {
-        let slot = self.device.local().trim_end_matches(".0");
-        let record = format!(
-            "4,1000,1000000,-;NVRM: Xid (PCI:{slot}): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
-        );
-        let line = json!({"nvml": self.device.local(), "set": {"lost": true}});
-        append(&self.node.kmsg, &record)?;
-        append(&self.node.script, &format!("{line}\n"))
-    }
-}
-
 /// The time of a log line that says that the device `local` is lost.
 fn lost_at(line: &str, local: &str) -> Option<f64> {
-    let line: serde_json::Value = serde_json::from_str(line).ok()?;
-    let field = |name: &str| line.get(name).and_then(serde_json::Value::as_str);
+    let line: Value = serde_json::from_str(line).ok()?;
+    let field = |name: &str| line.get(name).and_then(Value::as_str);
     if field("message") != Some("health") || field("device") != Some(local) || field("health") != Some("Unhealthy") {
         return None;
     }
@@ -346,13 +263,8 @@ fn lost_at(line: &str, local: &str) -> Option<f64> {
     Some(at.as_duration().as_millis_f64())
 }
 
-fn append(path: &Path, text: &str) -> Result<()> {
-    let mut file = OpenOptions::new().append(true).open(path).map_err(Error::file("open", path))?;
-    file.write_all(text.as_bytes()).map_err(Error::file("write", path))
-}
-
 /// A file that cargo built beside this program.
-fn built(name: &str) -> Result<PathBuf> {
+pub(super) fn built(name: &str) -> Result<PathBuf> {
     let program = std::env::current_exe().map_err(Error::file("find", "this program"))?;
     let beside = program.ancestors().skip(1).take(2).map(|folder| folder.join(name));
     beside.into_iter().find(|path| path.is_file()).ok_or_else(|| Error::Unknown {

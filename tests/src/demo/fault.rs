@@ -1,4 +1,4 @@
-//! One device loss in the middle of a prompt, measured from outside: what the runner says of itself, polled.
+//! One loss in the middle of a prompt, measured from outside: what the runner says of itself, polled.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use berth_proto::v1::DescribeResponse;
 use tokio::sync::oneshot;
 
-use super::cluster::Loss;
+use super::nodes::Loss;
 use super::prompts::{Answer, Case, Runner};
 use super::report::FaultReport;
 use crate::{Error, Result};
@@ -29,8 +29,8 @@ pub(super) struct Measured {
 }
 
 /// Serves `case` again and again, makes `loss` happen after some tokens of the first, and goes on until the runner has
-/// made a step on a revision above the one it started with. `decided_ms` tells when the agent had decided, milliseconds
-/// of Unix time.
+/// made a step on a revision above the one it started with. `decided_ms` tells when the agent had decided over all that
+/// is lost, milliseconds of Unix time.
 ///
 /// # Errors
 /// When the runner cannot be reached or nothing is repaired in time.
@@ -40,7 +40,8 @@ pub(super) async fn lose_device(
     loss: &Loss,
     decided_ms: impl Fn() -> Result<Option<f64>>,
 ) -> Result<Measured> {
-    let device = loss.device().as_str();
+    let devices: Vec<String> = loss.devices().iter().map(ToString::to_string).collect();
+    let device = devices.first().cloned().unwrap_or_default();
     let before = runner.describe().await?;
     let (injected, at) = oneshot::channel();
     let repaired = Arc::new(AtomicBool::new(false));
@@ -61,7 +62,8 @@ pub(super) async fn lose_device(
     let retried = answers.iter().filter(|answer| answer.finished.retried > 0).count();
     let failed = answers.iter().filter(|answer| !answer.succeeded()).count();
     let report = FaultReport {
-        device: device.to_owned(),
+        device,
+        devices,
         detected_ms: detected - started,
         rerouted_ms: millis(state.rerouted_unix_ms) - started,
         repaired_ms: millis(state.revision_since_unix_ms) - started,

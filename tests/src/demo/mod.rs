@@ -1,8 +1,10 @@
-//! The main job, from nothing to tokens through the loss of a device: what `make demo` runs and what tests run with
-//! other checkpoints. Uses the system only as a user would: helm, kubectl, objects, prompts.
+//! The main job, from nothing to tokens through the loss of devices of both vendors: what `make demo` runs and what tests
+//! run with other checkpoints. Uses the system only as a user would: helm, kubectl, objects, prompts.
 
+mod changes;
 pub mod cluster;
 mod fault;
+pub mod nodes;
 pub mod objects;
 mod progress;
 pub mod prompts;
@@ -12,14 +14,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_crds::ModelDeployment;
-use kube::Client;
+use berth_types::Vendor;
+use serde_json::json;
 
 use crate::{Error, Result};
 use cluster::Cluster;
+use nodes::{Fleet, Loss};
 use progress::Progress;
 use prompts::{Case, Runner};
 
-pub use report::{FaultReport, PlacementReport, PromptReport, Report};
+pub use report::{DrainReport, FaultReport, PlacementReport, PromptReport, Report, ReturnReport};
 
 /// Longest time for each thing that is waited for.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -31,6 +35,8 @@ const LONG: usize = 400;
 pub struct Options {
     /// Name of the run, for its folder under `target/cluster`.
     pub name: String,
+    /// Simulated nodes.
+    pub fleet: Fleet,
     /// Folder of the checkpoint to serve.
     pub checkpoint: PathBuf,
     /// Where the report goes.
@@ -51,7 +57,7 @@ pub async fn run(options: &Options) -> Result<Report> {
     let cases = prompts::read_cases(&checkpoint)?;
     progress.step("control_plane", "starting etcd, kube-apiserver, controller manager and scheduler");
     let cluster = Cluster::start(options).await?;
-    let outcome = serve(&cluster, &checkpoint, &cases, &mut progress).await;
+    let outcome = serve(&cluster, options.fleet, &checkpoint, &cases, &mut progress).await;
     if let Err(error) = &outcome {
         progress.detail(&format!("failed: {error}"));
         progress.detail(&format!("look at the logs of the pods under {}", cluster.dir().display()));
@@ -72,19 +78,28 @@ pub async fn run(options: &Options) -> Result<Report> {
     Ok(report)
 }
 
-async fn serve(cluster: &Cluster, checkpoint: &Path, cases: &[Case], progress: &mut Progress) -> Result<Report> {
+async fn serve(
+    cluster: &Cluster,
+    fleet: Fleet,
+    checkpoint: &Path,
+    cases: &[Case],
+    progress: &mut Progress,
+) -> Result<Report> {
     let client = cluster.client();
     progress.step("install", "installing the chart: operator, scheduler, agents");
     cluster.install().await?;
     progress.detail(&cluster.kubectl(&["-n", cluster::NAMESPACE, "get", "pods", "-o", "wide"]).await?);
 
     progress.step("nodes", "waiting for the agents' reports");
-    objects::nodes_are_healthy(client, cluster::NODES, PATIENCE).await?;
+    objects::nodes_are_healthy(client, fleet.len(), PATIENCE).await?;
     progress.detail(&cluster.kubectl(&["get", "acceleratornodes"]).await?);
 
-    progress.step("apply", "applying a ModelProfile and a ModelDeployment that survives the loss of a node");
-    cluster.apply_model(checkpoint).await?;
-    let deployment = objects::deployment_is_ready(client, PATIENCE).await?;
+    progress.step("apply", "applying a ModelProfile and a ModelDeployment that spans all devices of both vendors");
+    cluster.apply_profile(checkpoint).await?;
+    // Every node has two devices, and the deployment wants all of them.
+    let devices = json!({"perInstance": fleet.len() * 2, "crossVendor": true});
+    cluster.apply_deployment(objects::DEPLOYMENT, checkpoint, &devices).await?;
+    let deployment = objects::deployment_is_ready(client, objects::DEPLOYMENT, PATIENCE).await?;
     progress.detail(&cluster.kubectl(&["-n", objects::NAMESPACE, "get", "berth"]).await?);
 
     let runner = Runner::at(&endpoint(&deployment)?)?;
@@ -93,9 +108,23 @@ async fn serve(cluster: &Cluster, checkpoint: &Path, cases: &[Case], progress: &
     serve_all(&runner, cases, "before", &mut report, progress).await?;
     let long = long_case(&runner, cases, prompts::context(checkpoint)?).await?;
 
-    lose_one(cluster, &runner, &long, &mut report, progress).await?;
+    progress.step("single_vendor", "a second deployment that does not declare to span vendors");
+    changes::keep_within_one_vendor(cluster, checkpoint, cases, &mut report, progress).await?;
 
-    progress.step("prompts_after", "serving the same prompts on the repaired placement");
+    let mut losses = Vec::new();
+    for (vendor, number) in [(Vendor::Nvidia, fleet.nvidia), (Vendor::Ascend, fleet.ascend)] {
+        if number > 0 {
+            losses.push(lose(cluster, vendor, &runner, &long, &mut report, progress).await?);
+        }
+    }
+    progress.step("drain", "kubectl cordon: the experts of a node leave, and come back with uncordon");
+    changes::drain_a_node(cluster, &runner, &long, &mut report, progress).await?;
+    if let Some(loss) = losses.first() {
+        progress.step("return", "a lost device comes back: validated, watched, used again");
+        changes::bring_back(cluster, loss, &mut report, progress).await?;
+    }
+
+    progress.step("prompts_after", "serving the same prompts on what is left and what came back");
     serve_all(&runner, cases, "after", &mut report, progress).await?;
 
     progress.step("balance", "waiting for the runner's next load window");
@@ -153,24 +182,27 @@ async fn long_case(runner: &Runner, cases: &[Case], context: usize) -> Result<Ca
     Ok(Case { prompt_ids: case.prompt_ids.clone(), expected: Some(answer.ids), max_tokens })
 }
 
-async fn lose_one(
+/// Loses a device of `vendor` that the placement uses, and all that is on its card, in the middle of a prompt.
+async fn lose(
     cluster: &Cluster,
+    vendor: Vendor,
     runner: &Runner,
     long: &Case,
     report: &mut Report,
     progress: &mut Progress,
-) -> Result<()> {
-    let client: &Client = cluster.client();
+) -> Result<Loss> {
+    let client = cluster.client();
     let before = objects::placement(client).await?.status.unwrap_or_default();
     let devices = before.assignment.map(|assignment| assignment.devices).unwrap_or_default();
-    let device = devices.into_iter().next().ok_or_else(|| Error::Runner {
+    let known = objects::vendors(client).await?;
+    let device = devices.into_iter().find(|device| known.get(device) == Some(&vendor));
+    let device = device.ok_or_else(|| Error::Runner {
         doing: "choose a device to lose".into(),
-        why: "the placement has no devices".into(),
+        why: format!("the placement uses no device of {vendor}"),
     })?;
-    progress.step("fault", &format!("Xid 79: {device} falls off the bus between two tokens"));
     let loss = cluster.loss_of(&device)?;
-    let decided = || cluster.decided_ms(&device);
-    let measured = fault::lose_device(runner, long, &loss, decided).await?;
+    progress.step(&format!("fault_{vendor}"), &format!("{}, {device}, between two tokens", loss.what()));
+    let measured = fault::lose_device(runner, long, &loss, || cluster.decided_ms(&loss)).await?;
     let after = objects::repaired(client, before.serving_revision, PATIENCE).await?.status.unwrap_or_default();
     for answer in measured.answers {
         report.prompts.push(PromptReport {
@@ -191,13 +223,12 @@ async fn lose_one(
         fault.failed_requests
     ));
     progress.detail(&cluster.kubectl(&["get", "acceleratornodes,expertplacements", "-A"]).await?);
+    if report.fault.is_empty() {
+        report.placement.revision_before = before.serving_revision;
+    }
     report.fault.push(measured.report);
-    report.placement = PlacementReport {
-        revision_before: before.serving_revision,
-        revision_after: after.serving_revision,
-        // Told once a load window has closed.
-        balancedness: None,
-        moved_bytes: after.moved_bytes.get(),
-    };
-    Ok(())
+    let placement = &mut report.placement;
+    placement.revision_after = after.serving_revision;
+    placement.moved_bytes = placement.moved_bytes.saturating_add(after.moved_bytes.get());
+    Ok(loss)
 }

@@ -1,9 +1,11 @@
 //! What the demo applies and what it waits for, through the API server like any user.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use berth_crds::conditions::{ConditionType, is_true};
 use berth_crds::{AcceleratorNode, ExpertPlacement, ModelDeployment};
+use berth_types::{DeviceId, Vendor};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 
@@ -16,17 +18,18 @@ pub const DEPLOYMENT: &str = "demo";
 /// Between two looks at an object that is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
-/// The ModelDeployment for a checkpoint folder: survives the loss of a node.
+/// A ModelDeployment for a checkpoint folder: survives the loss of a node, on `devices`.
 #[must_use]
-pub fn deployment(profile: &str, checkpoint: &std::path::Path) -> Value {
+pub fn deployment(name: &str, profile: &str, checkpoint: &std::path::Path, devices: &Value) -> Value {
     json!({
         "apiVersion": "berth.dev/v1alpha1",
         "kind": "ModelDeployment",
-        "metadata": {"name": DEPLOYMENT, "namespace": NAMESPACE},
+        "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": {
             "model": profile,
             "weights": {"uri": format!("file://{}", checkpoint.display())},
             "replicas": 1,
+            "devices": devices,
             "redundancy": {"survive": "node"},
         },
     })
@@ -86,14 +89,14 @@ fn describe_nodes(nodes: &[AcceleratorNode]) -> String {
     }
 }
 
-/// The demo's ModelDeployment once it is Ready.
+/// A ModelDeployment once it is Ready.
 ///
 /// # Errors
 /// When it is not in time; the error shows its summary.
-pub async fn deployment_is_ready(client: &Client, within: Duration) -> Result<ModelDeployment> {
+pub async fn deployment_is_ready(client: &Client, name: &str, within: Duration) -> Result<ModelDeployment> {
     let api: Api<ModelDeployment> = Api::namespaced(client.clone(), NAMESPACE);
     wait_for("the ModelDeployment to be Ready", within, || async {
-        let deployment = api.get(DEPLOYMENT).await.map_err(Error::api("get the ModelDeployment"))?;
+        let deployment = api.get(name).await.map_err(Error::api("get the ModelDeployment"))?;
         let status = deployment.status.clone().unwrap_or_default();
         let current = status.observed_generation == deployment.metadata.generation;
         let ready = current && is_true(&status.conditions, ConditionType::Ready);
@@ -102,18 +105,40 @@ pub async fn deployment_is_ready(client: &Client, within: Duration) -> Result<Mo
     .await
 }
 
-/// The demo's ExpertPlacement (it has one instance).
+/// The ExpertPlacement of a deployment of one instance.
 ///
 /// # Errors
 /// When there is none.
-pub async fn placement(client: &Client) -> Result<ExpertPlacement> {
+pub async fn placement_of(client: &Client, deployment: &str) -> Result<ExpertPlacement> {
     let api: Api<ExpertPlacement> = Api::namespaced(client.clone(), NAMESPACE);
     let found = api.list(&Default::default()).await.map_err(Error::api("list ExpertPlacements"))?.items;
-    found.into_iter().next().ok_or_else(|| Error::Wait {
+    let of = |placement: &ExpertPlacement| {
+        placement.metadata.owner_references.iter().flatten().any(|owner| owner.name == deployment)
+    };
+    found.into_iter().find(of).ok_or_else(|| Error::Wait {
         what: "an ExpertPlacement".to_owned(),
         waited: Duration::ZERO,
         state: "there is none".to_owned(),
     })
+}
+
+/// The demo's ExpertPlacement.
+///
+/// # Errors
+/// When there is none.
+pub async fn placement(client: &Client) -> Result<ExpertPlacement> {
+    placement_of(client, DEPLOYMENT).await
+}
+
+/// The vendor of every device, by the nodes' own reports.
+///
+/// # Errors
+/// When they cannot be listed.
+pub async fn vendors(client: &Client) -> Result<BTreeMap<DeviceId, Vendor>> {
+    let api: Api<AcceleratorNode> = Api::all(client.clone());
+    let nodes = api.list(&Default::default()).await.map_err(Error::api("list AcceleratorNodes"))?.items;
+    let devices = nodes.into_iter().flat_map(|node| node.status.unwrap_or_default().devices);
+    Ok(devices.map(|device| (device.device, device.vendor)).collect())
 }
 
 /// The demo's ExpertPlacement once a revision above `before` serves.

@@ -19,6 +19,12 @@ pub struct Report {
     pub placement: PlacementReport,
     /// Every fault.
     pub fault: Vec<FaultReport>,
+    /// The node that was drained, once it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainReport>,
+    /// The devices that came back, once they did.
+    #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
+    pub returned: Option<ReturnReport>,
     /// Seconds per step.
     pub durations_s: BTreeMap<String, f64>,
 }
@@ -53,18 +59,20 @@ pub struct PlacementReport {
     pub revision_after: u64,
     /// Mean over layers of mean ÷ max device load after the repair; null = no load was seen yet.
     pub balancedness: Option<f64>,
-    /// Expert bytes that the repair made devices load.
+    /// Expert bytes that the repairs made devices load.
     pub moved_bytes: u64,
 }
 
 /// One fault.
 #[derive(Debug, Clone, Serialize)]
 pub struct FaultReport {
-    /// The device that was lost.
+    /// The device that was lost, or the first of several.
     pub device: String,
-    /// Until the agent's ledger had decided.
+    /// All devices that were lost together.
+    pub devices: Vec<String>,
+    /// Until the agent's ledger had decided over all of them.
     pub detected_ms: f64,
-    /// Until a call that the lost device refused was answered by another.
+    /// Until a call that a lost device refused was answered by another.
     pub rerouted_ms: f64,
     /// Until the first step ran on the repaired placement.
     pub repaired_ms: f64,
@@ -72,8 +80,32 @@ pub struct FaultReport {
     pub failed_requests: u64,
     /// Requests of which at least one expert call was made again on another replica.
     pub retried_requests: u64,
-    /// Expert calls that the lost device refused.
+    /// Expert calls that lost devices refused.
     pub refused_calls: u64,
+}
+
+/// A node that was cordoned.
+#[derive(Debug, Clone, Serialize)]
+pub struct DrainReport {
+    /// The node.
+    pub node: String,
+    /// Until no expert of it was in use any more.
+    pub drained_ms: f64,
+    /// Requests that were served meanwhile.
+    pub requests: u64,
+    /// Requests that failed meanwhile.
+    pub failed_requests: u64,
+}
+
+/// Devices that came back.
+#[derive(Debug, Clone, Serialize)]
+pub struct ReturnReport {
+    /// The devices.
+    pub devices: Vec<String>,
+    /// Until they were validated and out of probation.
+    pub healthy_ms: f64,
+    /// Until the placement used them again.
+    pub used_ms: f64,
 }
 
 impl Report {

@@ -1,6 +1,7 @@
 //! One device: its conditions and what it remembers. Pure: each fact comes with its time, effects are
 //! handed back.
 
+mod due;
 mod readings;
 mod resets;
 mod xids;
@@ -70,6 +71,9 @@ pub struct Device {
     resetting: Option<Duration>,
     reset_done: Option<Duration>,
     validated: Option<Duration>,
+    /// When a validation last failed, and when the device last could not be reached.
+    invalid: Option<Duration>,
+    unreachable: Option<Duration>,
     waiting: Vec<xids::Waiting>,
     traces: Vec<xids::Trace>,
     seen: VecDeque<xids::Seen>,
@@ -81,13 +85,27 @@ pub struct Device {
     clique: Option<Option<u32>>,
     /// Facts come from the time before the agent started.
     replaying: bool,
+    settings: Settings,
+}
+
+/// What the cluster's owner may choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// How long a device is watched after it came back, the first time.
+    pub probation: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { probation: PROBATION }
+    }
 }
 
 impl Device {
     /// A device of which nothing is known yet; while `replaying`, facts are history.
     #[must_use]
-    pub fn new(replaying: bool) -> Self {
-        Self { replaying, ..Self::default() }
+    pub fn new(replaying: bool, settings: Settings) -> Self {
+        Self { replaying, settings, ..Self::default() }
     }
 
     /// Takes one fact.
@@ -292,7 +310,7 @@ impl Device {
             .get(&reason)
             .map_or(0, |begun| begun.iter().filter(|at| now.saturating_sub(**at) <= DAY).count());
         let doubled = u32::try_from(begun.saturating_sub(1)).unwrap_or(u32::MAX).min(16);
-        PROBATION.saturating_mul(1 << doubled).min(DAY)
+        self.settings.probation.saturating_mul(1 << doubled).min(DAY)
     }
 }
 

@@ -7,7 +7,7 @@ use berth_types::{Admission, Health, Reason, Scope};
 use super::{Device, Effect};
 use crate::health::{
     catalog::{self, Row},
-    condition::{Clears, Origin, PROBATION, Phase, WINDOW, Words},
+    condition::{Clears, Origin, Phase, WINDOW, Words},
     fact::Reading,
 };
 
@@ -23,6 +23,7 @@ const POWER: u64 = 0x8 | 0x80;
 impl Device {
     pub(super) fn reading(&mut self, now: Duration, reading: &Reading, effects: &mut Vec<Effect>) {
         if reading.lost {
+            self.unreachable = Some(now);
             self.lost(now, "NVML 15 (GPU is lost)");
             self.last = Some(reading.clone());
             return self.decide_waiting(now, effects);
@@ -174,6 +175,7 @@ impl Device {
             .fabric
             .value()
             .is_none_or(|fabric| !fabric.unhealthy && self.clique.is_none_or(|first| first == fabric.clique));
+        let probation = self.settings.probation;
         self.conditions.retain(|(reason, origin), condition| {
             if condition.phase != Phase::Active || *origin != Origin::Vendor || last.begun < condition.last {
                 return true;
@@ -190,7 +192,7 @@ impl Device {
             };
             match condition.clears {
                 Clears::Reading if good => return false,
-                Clears::ReadingHeld if good => condition.phase = Phase::Held(now.saturating_add(PROBATION)),
+                Clears::ReadingHeld if good => condition.phase = Phase::Held(now.saturating_add(probation)),
                 _ => {}
             }
             true

@@ -89,7 +89,7 @@ impl Device {
             effects.push(Effect::Reread);
             return;
         }
-        self.validated = None;
+        (self.validated, self.invalid) = (None, Some(now));
         let step = if self.reset_done.is_some() { Action::ResetDevice } else { Action::None };
         self.fail(now, step, "validation failed");
     }
@@ -121,10 +121,9 @@ impl Device {
             self.resetting = None;
         }
         let Some(validated) = self.validated.filter(|at| now.saturating_sub(*at) <= TRUST) else { return };
-        let Some(last) = &self.last else { return };
-        let fresh = self.reset_done.is_none_or(|done| last.begun >= done);
-        let good = !last.lost && last.blind().is_none() && !matches!(last.recovery.value(), Some(1 | 2 | 4));
-        if !fresh || !good || last.begun.saturating_add(TRUST) < validated || self.resetting.is_some() {
+        let Some(begun) = self.good_reading() else { return };
+        let fresh = self.reset_done.is_none_or(|done| begun >= done);
+        if !fresh || begun.saturating_add(TRUST) < validated || self.resetting.is_some() {
             return;
         }
         self.validated = None;
@@ -150,5 +149,12 @@ impl Device {
                 self.returned.insert(key.0, now);
             }
         }
+    }
+
+    /// When the last reading began, if it says nothing against this device.
+    pub(super) fn good_reading(&self) -> Option<Duration> {
+        let last = self.last.as_ref()?;
+        let good = !last.lost && last.blind().is_none() && !matches!(last.recovery.value(), Some(1 | 2 | 4));
+        good.then_some(last.begun)
     }
 }
