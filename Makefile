@@ -2,7 +2,7 @@
 CARGO ?= cargo
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: help demo test check build bench golden audit
+.PHONY: help demo test check build bench golden images audit
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -30,6 +30,9 @@ bench: build ## figures beside the peers'
 golden: ## write generated files and golden texts anew; read the diff
 	$(CARGO) run --locked -p berth-crds --bin crdgen -- charts/berth/files/crds crds/presets
 	INSTA_UPDATE=always $(CARGO) test --workspace --locked
+
+images: ## what a cluster runs, for amd64 and arm64, without a container daemon
+	tests/images/build.sh
 
 audit: ## licences and sources of all dependencies (installs cargo-deny)
 	command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny

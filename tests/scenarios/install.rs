@@ -47,7 +47,7 @@ impl Release {
             labels: BTreeMap::from([("berth.dev/mode".into(), "native".into())]),
             ..SimulatedNode::named(name)
         });
-        let images = BTreeMap::from([("berth:dev".to_owned(), binary)]);
+        let images = ["berth:dev", "berth-agent:dev"].map(|image| (image.to_owned(), binary.clone())).into();
         let config = KubeletConfig { nodes: nodes.into(), images, ..KubeletConfig::default() };
         let kubelet = ProcessKubelet::start(&plane, config).await.expect("a kubelet");
         let client = plane.client().expect("a client");

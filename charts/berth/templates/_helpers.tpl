@@ -54,6 +54,18 @@ labels:
 {{- include "berth.imageOf" (dict "root" . "image" $image) }}
 {{- end }}
 
+{{/* The agents' image opens vendors' libraries, so it is another than the static one: berth-agent beside berth. */}}
+{{- define "berth.agentImage" -}}
+{{- $own := .Values.agent.image -}}
+{{- $base := .Values.image -}}
+{{- $image := dict
+      "registry" ($own.registry | default $base.registry)
+      "repository" ($own.repository | default (printf "%s-agent" $base.repository))
+      "tag" ($own.tag | default (ternary $base.tag "" (empty $own.digest)))
+      "digest" $own.digest -}}
+{{- include "berth.imageOf" (dict "root" . "image" $image) }}
+{{- end }}
+
 {{- define "berth.serviceAccount" -}}
 {{- $values := index .root.Values .component -}}
 {{- $values.serviceAccount.name | default (printf "berth-%s" .component) }}

@@ -1,6 +1,5 @@
 //! The demo's cluster: a control plane, the process kubelet with simulated nodes, and the chart on top.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -65,7 +64,7 @@ impl Cluster {
         }
         let kubelet = KubeletConfig {
             nodes: simulated,
-            images: BTreeMap::from([("berth:dev".to_owned(), berth.clone())]),
+            images: ["berth:dev", "berth-agent:dev"].map(|image| (image.to_owned(), berth.clone())).into(),
             ..KubeletConfig::default()
         };
         let kubelet = ProcessKubelet::start(&plane, kubelet).await?;
