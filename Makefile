@@ -8,11 +8,11 @@ help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 demo: ## the main job: a cluster, an install, a model, a lost device, a repair
-	$(CARGO) build --release --locked -p berth -p berth-double-nvml -p berth-tests --bins --lib
+	$(CARGO) build --release --locked -p berth -p berth-double-nvml -p berth-double-dcmi -p berth-tests --bins --lib
 	target/release/berth-demo
 
 test: check ## everything; ends with the test runner's summary
-	$(CARGO) build --locked -p berth -p berth-double-nvml
+	$(CARGO) build --locked -p berth -p berth-double-nvml -p berth-double-dcmi
 	BERTH_CHAOS_SEED=$${BERTH_CHAOS_SEED:-1} $(CARGO) test --workspace --locked --no-fail-fast --lib --bins --tests
 
 check: ## format and lints

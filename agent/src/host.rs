@@ -4,8 +4,11 @@ use std::{fs, io, path::Path};
 
 use crate::health::fact::PciAddress;
 
-/// NVIDIA's PCI vendor id.
-const NVIDIA: &str = "0x10de";
+/// NVIDIA's PCI vendor id, and its classes: 0x0300xx = VGA, 0x0302xx = 3D. Bridges and audio functions are no
+/// accelerators.
+const NVIDIA: (&str, &[&str]) = ("0x10de", &["0x0300", "0x0302"]);
+/// Huawei's PCI vendor id; 0x1200xx = processing accelerators.
+const ASCEND: (&str, &[&str]) = ("0x19e5", &["0x1200"]);
 
 /// The host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,15 +60,24 @@ pub fn uptime_ms() -> io::Result<u64> {
 /// NVIDIA's display and 3D controllers under `root` (`/sys/bus/pci/devices`). A host without PCI has none.
 #[must_use]
 pub fn nvidia_devices(root: &Path) -> Vec<PciAddress> {
+    pci_devices(root, NVIDIA)
+}
+
+/// Ascend's processing accelerators under `root`.
+#[must_use]
+pub fn ascend_devices(root: &Path) -> Vec<PciAddress> {
+    pci_devices(root, ASCEND)
+}
+
+fn pci_devices(root: &Path, (vendor, classes): (&str, &[&str])) -> Vec<PciAddress> {
     let Ok(entries) = fs::read_dir(root) else { return Vec::new() };
     let line = |path: &Path| fs::read_to_string(path).map(|text| text.trim().to_owned()).unwrap_or_default();
     let mut found: Vec<PciAddress> = entries
         .filter_map(Result::ok)
-        .filter(|entry| line(&entry.path().join("vendor")) == NVIDIA)
-        // Class 0x0300xx = VGA, 0x0302xx = 3D: bridges and audio functions are no accelerators.
+        .filter(|entry| line(&entry.path().join("vendor")) == vendor)
         .filter(|entry| {
             let class = line(&entry.path().join("class"));
-            class.starts_with("0x0300") || class.starts_with("0x0302")
+            classes.iter().any(|known| class.starts_with(known))
         })
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .collect();
@@ -84,13 +96,15 @@ mod tests {
     }
 
     #[test]
-    fn only_display_controllers_of_the_vendor_are_devices() {
+    fn only_accelerators_of_the_vendor_are_devices() {
         let root = tempfile::tempdir().unwrap();
         for (name, vendor, class) in [
             ("0000:3b:00.0", "0x10de", "0x030200"),
             ("0000:3b:00.1", "0x10de", "0x040300"),
             ("0000:05:00.0", "0x10de", "0x068000"),
             ("0000:00:02.0", "0x8086", "0x030000"),
+            ("0000:c1:00.0", "0x19e5", "0x120000"),
+            ("0000:06:00.0", "0x19e5", "0x030000"),
         ] {
             let folder = root.path().join(name);
             fs::create_dir(&folder).unwrap();
@@ -98,6 +112,7 @@ mod tests {
             fs::write(folder.join("class"), format!("{class}\n")).unwrap();
         }
         assert_eq!(nvidia_devices(root.path()), vec!["0000:3b:00.0".parse().unwrap()]);
+        assert_eq!(ascend_devices(root.path()), vec!["0000:c1:00.0".parse().unwrap()]);
         assert!(nvidia_devices(Path::new("/nonexistent")).is_empty());
     }
 }

@@ -1,10 +1,10 @@
 //! One node: device health, workers, orders.
 //!
 //! ```text
-//! nvml, kernel log --facts--> node (ledger) --> published --> report (stream up), node_status (object)
-//!                                   |                             |                    |
-//!                                   v                             v                    v
-//!                                workers <--------------- orders (shelves)      orders (will)
+//! nvml, dcmi, kernel log --facts--> node (ledger) --> published --> report (stream up), node_status (object)
+//!                                         |                             |                    |
+//!                                         v                             v                    v
+//!                                      workers <--------------- orders (shelves)      orders (will)
 //! ```
 //!
 //! The agent is a supervisor: it has no device context, plans nothing, and orders no reset. A vendor call
@@ -45,10 +45,7 @@ use orders::{Desired, Wanted};
 use probe::Prober;
 use published::Publisher;
 use report::{Leader, Reporter};
-use vendor::{
-    Bells, Facts,
-    nvml::watch::{self as nvml_watch, Watch, WatchConfig},
-};
+use vendor::{Bells, Facts, dcmi, nvml};
 use workers::{View, WorkerConfig, Workers};
 
 /// Facts on their way to the ledger.
@@ -73,6 +70,10 @@ pub struct Config {
     pub kernel_log: PathBuf,
     /// NVIDIA's management library; `None` = by its usual name.
     pub nvml_library: Option<OsString>,
+    /// Ascend's management library; `None` = by its usual name.
+    pub dcmi_library: Option<OsString>,
+    /// The library of the switches of Ascend's scale-up fabric; `None` = by its usual name.
+    pub lingqu_library: Option<OsString>,
     /// Where the kernel lists PCI devices.
     pub pci_devices: PathBuf,
     /// How workers are started.
@@ -94,8 +95,10 @@ pub enum AgentError {
 
 /// What watches a node's devices.
 pub struct Eyes {
-    /// NVIDIA's library.
-    pub nvml: WatchConfig,
+    /// NVIDIA's library; `None` = nothing of NVIDIA is here.
+    pub nvml: Option<nvml::watch::WatchConfig>,
+    /// Ascend's library; `None` = nothing of Ascend is here.
+    pub dcmi: Option<dcmi::watch::WatchConfig>,
     /// The kernel log; `None` = it cannot be read.
     pub log: Option<Box<dyn KernelLog>>,
     /// Told every report as it is said.
@@ -129,13 +132,21 @@ pub fn observe(
 ) -> io::Result<Observation> {
     let (facts, told) = Facts::line(FACT_ROOM);
     let bells = Bells::default();
-    let mut detectors = BTreeSet::from([nvml_watch::NAME]);
+    let mut detectors = BTreeSet::new();
     if let Some(log) = eyes.log {
         detectors.insert(log::NAME);
         log::follow(log, facts.clone(), metrics.clone(), clock)?;
     }
-    let watch = Watch::new(eyes.nvml, clock.clone(), facts.clone(), bells.clone());
-    spawn("nvml", Box::pin(watch.run(stop.clone())));
+    if let Some(config) = eyes.nvml {
+        detectors.insert(nvml::watch::NAME);
+        let watch = nvml::watch::Watch::new(config, clock.clone(), facts.clone(), bells.clone());
+        spawn("nvml", Box::pin(watch.run(stop.clone())));
+    }
+    if let Some(config) = eyes.dcmi {
+        detectors.insert(dcmi::watch::NAME);
+        let watch = dcmi::watch::Watch::new(config, clock.clone(), facts.clone(), bells.clone());
+        spawn("dcmi", Box::pin(watch.run(stop.clone())));
+    }
     let (shown, snapshots) = watch::channel(None);
     let keeper = Keeper {
         clock: clock.clone(),
@@ -156,7 +167,18 @@ pub fn observe(
 /// # Errors
 /// [`AgentError`].
 pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), AgentError> {
-    let Config { node, admin_listen, scheduler_lease, kernel_log, nvml_library, pci_devices, worker, health } = config;
+    let Config {
+        node,
+        admin_listen,
+        scheduler_lease,
+        kernel_log,
+        nvml_library,
+        dcmi_library,
+        lingqu_library,
+        pci_devices,
+        worker,
+        health,
+    } = config;
     let host = Host::read().map_err(AgentError::Host)?;
     let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
     let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
@@ -167,14 +189,15 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     let expected = node_status::read_node(&client, &clock, &node).await;
     let expected = expected.map(|node| node_status::expected_devices(&node)).unwrap_or_else(|error| {
         tracing::warn!(%error, "the Node cannot be read: the number of devices is not checked");
-        None
+        node_status::Expected::default()
     });
-    let nvml = WatchConfig { library: nvml_library, kernel_lists: host::nvidia_devices(&pci_devices), expected };
+    let libraries = Libraries { nvml: nvml_library, dcmi: dcmi_library, lingqu: lingqu_library };
+    let (nvml, dcmi) = libraries.vendors(&pci_devices, &expected);
     let (log, _log_stop) = open_log(&kernel_log);
     // Workers end first; what tells of it stays until they have.
     let organs = Organs { tasks: part.tasks.clone(), admin: part.admin.clone(), last: CancellationToken::new() };
     let (probes, due) = mpsc::channel(PROBE_ROOM);
-    let eyes = Eyes { nvml, log, observer: None, probes: Some(probes), settings: health };
+    let eyes = Eyes { nvml, dcmi, log, observer: None, probes: Some(probes), settings: health };
     let keep = |name, task| organs.keep(name, task);
     let observation = observe(eyes, &clock, &metrics, &organs.last, keep).map_err(AgentError::Host)?;
     let ready = part.admin.check("devices");
@@ -198,6 +221,31 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     let speech = Speech { clock, node, client, scheduler_lease, metrics };
     organs.join(speech, publisher, worker, observation);
     Ok(part.finish().await?)
+}
+
+/// Vendors' libraries as they were configured.
+struct Libraries {
+    nvml: Option<OsString>,
+    dcmi: Option<OsString>,
+    lingqu: Option<OsString>,
+}
+
+impl Libraries {
+    /// What is watched: a vendor is when its library is named, the kernel lists a device of it, or the Node
+    /// promises one. A node that shows neither is asked for NVIDIA's, and says what it lacks.
+    fn vendors(
+        self,
+        pci_devices: &std::path::Path,
+        expected: &node_status::Expected,
+    ) -> (Option<nvml::watch::WatchConfig>, Option<dcmi::watch::WatchConfig>) {
+        let Self { nvml, dcmi, lingqu } = self;
+        let kernel_lists = host::nvidia_devices(pci_devices);
+        let ascend = dcmi.is_some() || expected.ascend.is_some() || !host::ascend_devices(pci_devices).is_empty();
+        let nvidia = nvml.is_some() || expected.nvidia.is_some() || !kernel_lists.is_empty() || !ascend;
+        let nvml = nvml::watch::WatchConfig { library: nvml, kernel_lists, expected: expected.nvidia };
+        let dcmi = dcmi::watch::WatchConfig { library: dcmi, switch_library: lingqu, expected: expected.ascend };
+        (nvidia.then_some(nvml), ascend.then_some(dcmi))
+    }
 }
 
 /// The tasks of an agent, each with a sign of life, and the token of those that end last.

@@ -198,7 +198,10 @@ fn kind(what: &What) -> &'static str {
         What::BusLoss(_) => "bus_loss",
         What::Switch { .. } => "switch",
         What::Event(_) => "event",
-        What::Reading(_) => "reading",
+        What::Reading(_) | What::Npu(_) => "reading",
+        What::Alarm(_) => "alarm",
+        What::Fabric { .. } | What::Fabrics { .. } => "fabric",
+        What::Driver(_) => "driver",
         What::NoLibrary { .. } | What::Library => "library",
         What::Count { .. } => "count",
         What::Reset(_) | What::Validated(_) => "reset",
@@ -246,5 +249,7 @@ fn unknown(local: &str) -> DeviceInfo {
         memory_bytes: 0,
         interconnect_domain: None,
         card: local.to_owned(),
+        pci: local.parse().ok(),
+        reset_group: None,
     }
 }

@@ -84,10 +84,27 @@ pub async fn read_node(client: &Client, clock: &Clock, node: &NodeName) -> Resul
     Ok(clock.timeout(CALL_LIMIT, api.get(node.as_str())).await??)
 }
 
-/// How many devices the node's labels promise, by GPU feature discovery's label.
+/// How many devices a Node promises, by vendor; `None` = it does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// By GPU feature discovery's label.
+    pub nvidia: Option<usize>,
+    /// By the capacity that Ascend's device plugin registered: one unit is one logical device.
+    pub ascend: Option<usize>,
+}
+
+/// Resources that Ascend's device plugin registers, whole devices only.
+const NPUS: [&str; 4] = ["huawei.com/Ascend910", "huawei.com/npu", "huawei.com/Ascend310P", "huawei.com/Ascend310"];
+
+/// What the Node promises.
 #[must_use]
-pub fn expected_devices(node: &Node) -> Option<usize> {
-    node.labels().get("nvidia.com/gpu.count")?.parse().ok()
+pub fn expected_devices(node: &Node) -> Expected {
+    let capacity = node.status.as_ref().and_then(|status| status.capacity.as_ref());
+    let count = |name: &&str| capacity?.get(*name)?.0.parse::<usize>().ok();
+    Expected {
+        nvidia: node.labels().get("nvidia.com/gpu.count").and_then(|count| count.parse().ok()),
+        ascend: NPUS.iter().filter_map(count).reduce(usize::saturating_add).filter(|count| *count > 0),
+    }
 }
 
 impl NodeStatus {

@@ -49,6 +49,12 @@ pub(crate) struct AgentArgs {
     /// NVIDIA's management library; default: libnvidia-ml.so.1, as the dynamic linker finds it
     #[arg(long, env = "BERTH_NVML_LIBRARY")]
     nvml_library: Option<OsString>,
+    /// Ascend's management library; default: libdcmi.so, as the dynamic linker finds it
+    #[arg(long, env = "BERTH_DCMI_LIBRARY")]
+    dcmi_library: Option<OsString>,
+    /// The library of the switches of Ascend's scale-up fabric; default: liblingqu-dcmi.so
+    #[arg(long, env = "BERTH_LINGQU_LIBRARY")]
+    lingqu_library: Option<OsString>,
     /// Where the kernel lists PCI devices
     #[arg(long, env = "BERTH_PCI_DEVICES", default_value = "/sys/bus/pci/devices")]
     pci_devices: PathBuf,
@@ -79,6 +85,8 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         weights_roots,
         kmsg,
         nvml_library,
+        dcmi_library,
+        lingqu_library,
         pci_devices,
         worker_backend,
         worker_memory,
@@ -104,6 +112,8 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         scheduler_lease: (namespace.to_owned(), name.to_owned()),
         kernel_log: kmsg,
         nvml_library,
+        dcmi_library,
+        lingqu_library,
         pci_devices,
         worker,
         health: Settings { probation: Duration::from_secs(probation_seconds) },

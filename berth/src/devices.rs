@@ -3,7 +3,7 @@
 //! the kernels. It changes nothing.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fmt,
     path::PathBuf,
     sync::mpsc::{RecvTimeoutError, channel},
@@ -12,11 +12,13 @@ use std::{
 };
 
 use anyhow::Context;
-use berth_agent::vendor::nvml::{Nvml, library_path};
+use berth_agent::{
+    health::fact::DeviceInfo,
+    vendor::{dcmi, nvml},
+};
 use berth_kernels::{
-    BackendKind,
     cpu::Level,
-    vendor::{self, ASCEND, CUDA, VendorLibrary},
+    vendor::{ASCEND, CUDA, VendorLibrary},
 };
 use berth_types::Bytes;
 use serde::Serialize;
@@ -29,9 +31,6 @@ use crate::{
 
 /// A vendor library that does not answer within this is reported as hanging.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Ascend's management library.
-const DCMI: VendorLibrary =
-    VendorLibrary { backend: BackendKind::Ascend, vendor: "Ascend", library: "libdcmi.so", symbol: "dcmi_init" };
 
 /// Lists what this machine has to compute with, and what is missing
 #[derive(Debug, clap::Args)]
@@ -39,6 +38,9 @@ pub(crate) struct Args {
     /// NVIDIA's management library, when it is not libnvidia-ml.so.1 of the system
     #[arg(long, env = "BERTH_NVML_LIBRARY")]
     nvml_library: Option<OsString>,
+    /// Ascend's management library, when it is not libdcmi.so of the system
+    #[arg(long, env = "BERTH_DCMI_LIBRARY")]
+    dcmi_library: Option<OsString>,
     /// Write what was found here as one JSON document
     #[arg(long)]
     json: Option<PathBuf>,
@@ -79,6 +81,10 @@ struct Device {
     uuid: String,
     memory_bytes: u64,
     interconnect_domain: Option<String>,
+    /// Devices with the same card fail together.
+    card: String,
+    /// Devices with the same group can only be reset together.
+    reset_group: Option<String>,
 }
 
 /// A library and what it is for.
@@ -92,7 +98,10 @@ struct Library {
 
 /// Looks, prints, writes.
 pub(crate) fn run(args: &Args) -> anyhow::Result<Verdict> {
-    let found = Found { cpu: cpu()?, nvidia: nvidia(args.nvml_library.clone()), ascend: ascend() };
+    let nvidia = nvml::library_path(args.nvml_library.as_deref());
+    let ascend = dcmi::library_path(args.dcmi_library.as_deref());
+    let found =
+        Found { cpu: cpu()?, nvidia: vendor(&nvidia, list_nvidia, CUDA), ascend: vendor(&ascend, list_ascend, ASCEND) };
     say(found.to_string().trim_end())?;
     write_json(args.json.as_deref(), &found)?;
     Ok(Verdict::Pass)
@@ -117,43 +126,45 @@ fn cpu() -> anyhow::Result<Cpu> {
     })
 }
 
-/// What NVIDIA's library lists.
-#[derive(Debug)]
+/// What a vendor's library lists.
+#[derive(Debug, Default)]
 struct Listed {
     driver: Option<String>,
     devices: Vec<Device>,
 }
 
-fn nvidia(configured: Option<OsString>) -> Vendor {
-    let path = library_path(configured.as_deref());
-    let name = path.to_string_lossy().into_owned();
-    let (listed, missing) = match within_deadline(move || list_nvidia(&path)) {
+/// One vendor's side: what the library at `path` lists, and whether `computing` can be opened.
+fn vendor(path: &OsStr, list: fn(&OsStr) -> Result<Listed, String>, computing: VendorLibrary) -> Vendor {
+    let (name, path) = (path.to_string_lossy().into_owned(), path.to_owned());
+    let (listed, missing) = match within_deadline(move || list(&path)) {
         Ok(listed) => (listed, None),
-        Err(why) => (Listed { driver: None, devices: Vec::new() }, Some(why)),
+        Err(why) => (Listed::default(), Some(why)),
     };
     let management = Library { name, purpose: "lists devices and their health", missing };
-    Vendor { driver: listed.driver, devices: listed.devices, libraries: vec![management, compute(CUDA)] }
+    Vendor { driver: listed.driver, devices: listed.devices, libraries: vec![management, compute(computing)] }
 }
 
-fn list_nvidia(path: &std::ffi::OsStr) -> Result<Listed, String> {
-    let nvml = Nvml::open(path).map_err(|error| error.to_string())?;
+fn list_nvidia(path: &OsStr) -> Result<Listed, String> {
+    let library = nvml::Nvml::open(path).map_err(|error| error.to_string())?;
     let targets =
-        nvml.list().map_err(|code| format!("it does not tell its devices (NVML code {code}): see nvidia-smi"))?;
-    let device = |info: &berth_agent::health::fact::DeviceInfo| Device {
-        local: info.local.to_string(),
-        product: info.product.clone(),
-        uuid: info.uuid.clone(),
-        memory_bytes: info.memory_bytes,
-        interconnect_domain: info.interconnect_domain.clone(),
-    };
-    Ok(Listed { driver: nvml.driver(), devices: targets.iter().map(|target| device(&target.info)).collect() })
+        library.list().map_err(|code| format!("it does not tell its devices (NVML code {code}): see nvidia-smi"))?;
+    let devices = targets.into_iter().map(|target| target.info.into()).collect();
+    Ok(Listed { driver: library.driver(), devices })
 }
 
-fn ascend() -> Vendor {
-    let missing = within_deadline(|| vendor::probe(DCMI).map_err(|error| error.to_string())).err();
-    let name = DCMI.library.to_owned();
-    let libraries = vec![Library { name, purpose: "lists devices and their health", missing }, compute(ASCEND)];
-    Vendor { driver: None, devices: Vec::new(), libraries }
+fn list_ascend(path: &OsStr) -> Result<Listed, String> {
+    let library = dcmi::Dcmi::open(path).map_err(|error| error.to_string())?;
+    let targets =
+        library.list().map_err(|code| format!("it does not tell its devices (DCMI code {code}): see npu-smi info"))?;
+    let devices = targets.into_iter().map(|target| target.info.into()).collect();
+    Ok(Listed { driver: library.driver(), devices })
+}
+
+impl From<DeviceInfo> for Device {
+    fn from(info: DeviceInfo) -> Self {
+        let DeviceInfo { local, product, uuid, memory_bytes, interconnect_domain, card, reset_group, .. } = info;
+        Self { local, product, uuid, memory_bytes, interconnect_domain, card, reset_group }
+    }
 }
 
 /// Whether the backend of a compute library can be opened: the library may be there and this build without
@@ -199,9 +210,16 @@ impl Vendor {
         let driver = driver.as_ref().map(|driver| format!(", driver {driver}")).unwrap_or_default();
         writeln!(f, "{name:<8} {} devices{driver}", devices.len())?;
         for device in devices {
-            let Device { local, product, uuid, memory_bytes, interconnect_domain } = device;
-            let domain = interconnect_domain.as_ref().map(|domain| format!(", domain {domain}")).unwrap_or_default();
-            writeln!(f, "         {local}  {product}, {}, {uuid}{domain}", Bytes(*memory_bytes))?;
+            let Device { local, product, uuid, memory_bytes, interconnect_domain, card, reset_group } = device;
+            let mut more = String::new();
+            for (word, text) in
+                [("", Some(uuid)), ("domain ", interconnect_domain.as_ref()), ("reset group ", reset_group.as_ref())]
+            {
+                if let Some(text) = text.filter(|text| !text.is_empty()) {
+                    more.push_str(&format!(", {word}{text}"));
+                }
+            }
+            writeln!(f, "         {local}  {product}, {}, on {card}{more}", Bytes(*memory_bytes))?;
         }
         for Library { name, purpose, missing } in libraries {
             match missing {

@@ -32,19 +32,19 @@ fn play(name: &str) -> (Option<i32>, String, Value) {
     (output.status.code(), said, document)
 }
 
-/// Scripts that need rows that are not there yet: the link rules of NVLink 5.
-const NOT_YET: [&str; 1] = ["N11"];
+/// Scripts that need rows that are not there yet (the link rules of NVLink 5), or run for minutes in a debug build.
+const NOT_YET: [&str; 3] = ["N11", "A02", "A03c"];
 
 #[test]
-fn every_nvidia_script_that_the_rows_cover_passes() {
+fn every_script_that_the_rows_cover_passes() {
     let mut names: Vec<String> = std::fs::read_dir(scripts())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| (name.starts_with('N') || name.starts_with('X')) && name.ends_with(".jsonl"))
+        .filter(|name| name.ends_with(".jsonl"))
         .filter(|name| !NOT_YET.iter().any(|not_yet| name.starts_with(not_yet)))
         .collect();
     names.sort();
-    assert!(names.len() >= 20, "{names:?}");
+    assert!(names.len() >= 30, "{names:?}");
     let failed: Vec<String> = names
         .iter()
         .filter_map(|name| {
@@ -80,9 +80,13 @@ fn the_same_script_is_told_in_the_same_way_every_time() {
 
 #[test]
 fn what_cannot_be_played_ends_with_2_and_the_line() {
-    let (code, said, _) = play("A01a-hbm-double-bit.jsonl");
-    assert_eq!(code, Some(2));
-    assert!(said.contains("line 1: field ascend"), "{said}");
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("script.jsonl");
+    std::fs::write(&script, r#"{"node":"n","ascend":[{"device":0}]}"#).unwrap();
+    let output = run(&script, &folder.path().join("out.json"));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(said.contains("line 1: field ascend.card"), "{said}");
     let (code, said, _) = play("absent.jsonl");
     assert_eq!(code, Some(2));
     assert!(said.contains("absent.jsonl"), "{said}");

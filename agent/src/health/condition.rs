@@ -67,6 +67,10 @@ pub enum Origin {
     Recovery,
     /// The device's worker.
     Worker,
+    /// One alarm of Ascend's driver.
+    Code(u32),
+    /// Another device of the reset group.
+    Sibling,
 }
 
 /// Where a condition stands.
@@ -145,12 +149,14 @@ pub fn compose<'a>(conditions: impl Iterator<Item = (Reason, &'a Condition)>) ->
     (state, worst.map(|(_, _, evidence)| evidence.to_owned()).unwrap_or_default())
 }
 
-/// The next rung of the ladder for a device that resets alone.
+/// The next rung of the ladder; `grouped` = the device resets together with others.
 #[must_use]
-pub const fn next_step(action: Action) -> Action {
+pub const fn next_step(action: Action, grouped: bool) -> Action {
     match action {
         Action::None => Action::None,
-        Action::RestartWorkload => Action::ResetDevice,
+        Action::RestartWorkload if !grouped => Action::ResetDevice,
+        Action::RestartWorkload => Action::ResetGroup,
+        Action::ResetDevice if grouped => Action::ResetGroup,
         Action::ResetDevice | Action::ResetGroup => Action::RebootNode,
         Action::RebootNode | Action::ServiceHardware => Action::ServiceHardware,
     }

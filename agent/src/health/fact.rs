@@ -76,6 +76,10 @@ pub struct DeviceInfo {
     pub interconnect_domain: Option<String>,
     /// Devices with the same card fail together.
     pub card: String,
+    /// Where it is on the PCI bus; `None` = nobody told.
+    pub pci: Option<PciAddress>,
+    /// Devices with the same group can only be reset together; `None` = it resets alone.
+    pub reset_group: Option<String>,
 }
 
 /// Who told of an XID.
@@ -213,12 +217,96 @@ impl Reading {
 }
 
 impl<T> Read<T> {
+    /// The library's code, if it answered one.
+    #[must_use]
+    pub const fn failed(&self) -> Option<i32> {
+        match self {
+            Self::Failed(code) => Some(*code),
+            Self::Absent | Self::Value(_) | Self::Missed => None,
+        }
+    }
+
     fn fault(&self) -> Option<String> {
         match self {
             Self::Absent | Self::Value(_) => None,
             Self::Failed(code) => Some(format!("NVML {code}")),
             Self::Missed => Some("no answer in time".to_owned()),
         }
+    }
+}
+
+/// What an alarm of Ascend's driver says about its fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Assertion {
+    /// It is there.
+    Occurred,
+    /// It is over.
+    Recovered,
+    /// It happened, and nothing will say that it is over.
+    Once,
+}
+
+/// An alarm of Ascend's driver about one device: a hint, for the device's own list decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Alarm {
+    /// The code.
+    pub code: u32,
+    /// What it says.
+    pub assertion: Assertion,
+    /// 0 warning, 1 minor, 2 major, 3 critical.
+    pub severity: u8,
+    /// Serial number of the event.
+    pub serial: i32,
+}
+
+/// All values of an Ascend device that were read in one go. Deciding: health and codes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NpuReading {
+    /// When the first value was asked for.
+    pub begun: Duration,
+    /// 0 to 3; 0xFFFFFFFF = absent or not started.
+    pub health: Read<u32>,
+    /// Codes of the faults that hold.
+    pub codes: Read<Vec<u32>>,
+    /// 16 = started.
+    pub boot: Read<u32>,
+    /// 0 = well, 6 = not known yet.
+    pub network: Read<u32>,
+    /// Pages that a reset will isolate.
+    pub next_isolated: Read<u32>,
+}
+
+/// What a fault of a switch of Ascend's scale-up fabric is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SwitchFault {
+    /// Alarm.
+    pub alarm: u32,
+    /// Fault within the alarm; `None` = the alarm has none.
+    pub fault: Option<u32>,
+    /// What the port leads to: `cpu`, `npu`, `L2` or `na`.
+    pub peer: &'static str,
+    /// Chip of the switch.
+    pub chip: u16,
+    /// Its port.
+    pub port: u16,
+}
+
+/// Driver of Ascend's devices, as it judges itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DriverState {
+    /// 0 = well.
+    pub health: Option<u32>,
+    /// Codes of what is wrong with it.
+    pub codes: Vec<u32>,
+}
+
+impl DriverState {
+    /// What is wrong with it, if anything is.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        let codes: Vec<String> = self.codes.iter().map(|code| format!("0x{code:08X}")).collect();
+        let unwell = self.health.is_some_and(|health| health != 0) || !codes.is_empty();
+        unwell.then(|| format!("DCMI driver health {}, {}", self.health.unwrap_or(0), codes.join(" ")))
     }
 }
 
@@ -257,6 +345,28 @@ pub enum What {
     Event(u64),
     /// Values were read.
     Reading(Box<Reading>),
+    /// An alarm of Ascend's driver.
+    Alarm(Alarm),
+    /// Values of an Ascend device were read.
+    Npu(Box<NpuReading>),
+    /// An event of a switch of Ascend's scale-up fabric.
+    Fabric {
+        /// What it is about.
+        of: SwitchFault,
+        /// What it says.
+        assertion: Assertion,
+        /// 0 to 3.
+        severity: u8,
+    },
+    /// Every fault that switches of Ascend's scale-up fabric hold.
+    Fabrics {
+        /// When they were asked.
+        begun: Duration,
+        /// The faults, each with its severity.
+        faults: Vec<(SwitchFault, u8)>,
+    },
+    /// Ascend's driver judged itself.
+    Driver(DriverState),
     /// No call can be made: what is wrong, and since the driver itself answers nonsense whether it is to
     /// blame.
     NoLibrary {

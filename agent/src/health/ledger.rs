@@ -10,10 +10,12 @@ use std::{
 use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
 
 use super::{
+    alarms::Level,
     catalog::{self, Row, Treat},
     condition::{Clears, Condition, Origin, Phase, WINDOW, Words, compose},
     device::{Device, Effect, Settings},
     fact::{DeviceInfo, Fact, Local, Subject, What},
+    switch::{Note, Switches},
 };
 
 /// Reports per subject within [`STORM_SPAN`]; the last state is said all the same, a little later.
@@ -70,10 +72,14 @@ pub struct Standing {
 /// The ledger.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    devices: BTreeMap<Local, Device>,
+    pub(super) devices: BTreeMap<Local, Device>,
     node: BTreeMap<(Reason, Origin), Condition>,
     said: BTreeMap<Subject, Said>,
     switch_fault: Option<Duration>,
+    /// Switches of Ascend's scale-up fabric.
+    pub(super) switches: Switches,
+    /// What happened once on the node and makes link faults worse.
+    pub(super) triggers: Vec<(Duration, Level)>,
     strangers: BTreeMap<Local, Duration>,
     started: bool,
     settings: Settings,
@@ -107,6 +113,7 @@ impl Ledger {
             }
             self.follow(now, &local, effects, &mut outcome);
         }
+        self.relate(now);
         self.say(now, &mut outcome);
         outcome
     }
@@ -177,10 +184,23 @@ impl Ledger {
             return self.node_condition(now, row, &format!("{}, {local}", xid.evidence()));
         }
         let fresh = !self.started;
+        if !ours && !fresh {
+            // Whatever it is, it was not said before.
+            self.said.entry(Subject::Device(local.clone())).or_default();
+        }
         let device = self.devices.entry(local.clone()).or_insert_with(|| Device::new(fresh, self.settings));
         let mut effects = Vec::new();
         device.take(now, what, &mut effects);
         self.follow(now, local, effects, outcome);
+        if let What::Reset(step) = what {
+            self.reset_group(now, local, *step, outcome);
+        }
+        if matches!(what, What::Npu(_)) {
+            self.judge_driver(now);
+        }
+        if matches!(what, What::Npu(_) | What::Alarm(_) | What::Reset(_) | What::Validated(_)) {
+            self.relate(now);
+        }
     }
 
     /// A fault at an address that is no device of ours: the node says so once a minute.
@@ -218,6 +238,18 @@ impl Ledger {
                 self.node.remove(&(Reason::CountMismatch, Origin::Vendor));
             }
             What::Switch { fatal, text } => self.switch(now, *fatal, text, outcome),
+            What::Fabric { of, assertion, severity } => {
+                if let Some(note) = self.switches.event(now, *of, *assertion, *severity) {
+                    let Note { reason, action, evidence } = note;
+                    self.note(now, &Subject::Node, reason, action, Scope::Node, evidence, outcome);
+                }
+                self.relate(now);
+            }
+            What::Fabrics { begun, faults } => {
+                self.switches.list(now, *begun, faults);
+                self.relate(now);
+            }
+            What::Driver(state) => self.driver_fault(now, state.fault()),
             _ => {}
         }
     }
@@ -235,6 +267,16 @@ impl Ledger {
         }
     }
 
+    /// The driver itself is at fault, or is not any more.
+    pub(super) fn driver_fault(&mut self, now: Duration, why: Option<String>) {
+        let Some(why) = why else {
+            self.node.remove(&(Reason::DriverFault, Origin::Vendor));
+            return;
+        };
+        let words = Words::new(Health::Degraded, Admission::Draining, Action::None, Scope::Node);
+        self.node_condition(now, Row { reason: Reason::DriverFault, words, clears: Clears::Reading }, &why);
+    }
+
     fn node_condition(&mut self, now: Duration, row: Row, evidence: &str) {
         let Row { reason, words, clears } = row;
         let fresh = Condition {
@@ -250,7 +292,7 @@ impl Ledger {
         self.node.entry((reason, Origin::Vendor)).or_insert(fresh).last = now;
     }
 
-    fn follow(&mut self, now: Duration, local: &Local, effects: Vec<Effect>, outcome: &mut Outcome) {
+    pub(super) fn follow(&mut self, now: Duration, local: &Local, effects: Vec<Effect>, outcome: &mut Outcome) {
         let of = Subject::Device(local.clone());
         for effect in effects {
             match effect {
@@ -268,6 +310,7 @@ impl Ledger {
                         self.note(now, &of, Reason::FabricLinkDown, Action::None, Scope::Device, evidence, outcome);
                     }
                 }
+                Effect::Trigger(code) => self.triggered(now, code),
                 Effect::Suspect => {
                     let others = self.devices.iter().filter(|(other, _)| *other != local);
                     if !others.into_iter().any(|(_, device)| device.programs_fail(now))
@@ -305,17 +348,19 @@ impl Ledger {
         outcome.reports.push(Report { at: now, of: of.clone(), note: true, state, evidence });
     }
 
-    /// Says every change that may be said now.
+    /// Says every change that may be said now. A look at each subject per fact, and no more for those that
+    /// are as they were.
     fn say(&mut self, now: Duration, outcome: &mut Outcome) {
         if !self.started {
             return;
         }
-        let subjects = std::iter::once(Subject::Node).chain(self.devices.keys().cloned().map(Subject::Device));
-        for of in subjects.collect::<Vec<_>>() {
-            let (state, evidence) = self.state_of(&of);
-            let said = self.said.entry(of.clone()).or_default();
+        let mut said = std::mem::take(&mut self.said);
+        for (of, said) in &mut said {
+            let (state, evidence) = self.state_of(of);
             if said.state == state {
-                said.evidence = evidence;
+                if said.evidence != evidence {
+                    said.evidence = evidence;
+                }
                 continue;
             }
             // That nothing may stay on a device is never held back.
@@ -325,13 +370,17 @@ impl Ledger {
             }
             said.recent.push_back(now);
             (said.state, said.evidence, said.since) = (state, evidence.clone(), now);
-            outcome.reports.push(Report { at: now, of, note: false, state, evidence });
+            outcome.reports.push(Report { at: now, of: of.clone(), note: false, state, evidence });
         }
+        self.said = said;
     }
 
     fn state_of(&self, of: &Subject) -> (DeviceState, String) {
         match of {
-            Subject::Node => compose(self.node.iter().map(|((reason, _), condition)| (*reason, condition))),
+            Subject::Node => {
+                let own = self.node.iter().map(|((reason, _), condition)| (*reason, condition));
+                compose(own.chain(self.switches.conditions()))
+            }
             Subject::Device(local) => self.devices.get(local).map(Device::state).unwrap_or_default(),
         }
     }

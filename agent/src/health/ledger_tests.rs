@@ -27,6 +27,8 @@ fn info(local: &str) -> DeviceInfo {
         memory_bytes: 80 << 30,
         interconnect_domain: None,
         card: local.to_owned(),
+        pci: local.parse().ok(),
+        reset_group: None,
     }
 }
 

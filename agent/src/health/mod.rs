@@ -2,6 +2,7 @@
 //!
 //! Detectors give facts, the ledger alone decides. Words and rules: the health vocabulary.
 
+pub mod alarms;
 pub mod catalog;
 pub mod condition;
 pub mod device;
@@ -9,8 +10,10 @@ pub mod fact;
 pub mod kmsg;
 pub mod ledger;
 pub mod log;
+pub mod neighbours;
 pub mod nvlink;
 pub mod nvrm;
+pub mod switch;
 pub mod tail;
 
 #[cfg(test)]

@@ -3,8 +3,11 @@
 //! Each vendor gives the same two things: the devices it lists, and facts about them. Nothing here
 //! decides what a fact means, and a library that is missing or hangs is a value, never a panic or a wait.
 
+pub mod dcmi;
 pub mod lane;
 pub mod nvml;
+pub mod poll;
+pub mod slate;
 
 use std::{
     collections::BTreeMap,
@@ -42,6 +45,12 @@ impl Facts {
     /// Sends; does nothing when nobody listens any more.
     pub async fn send(&self, seen: Seen, guard: Option<InFlight>) {
         let _ = self.0.send((seen, guard)).await;
+    }
+
+    /// Whether nobody listens any more.
+    #[must_use]
+    pub fn closed(&self) -> bool {
+        self.0.is_closed()
     }
 
     /// Sends from a detector's own thread; `false` = nobody listens any more.

@@ -2,6 +2,8 @@
 //! double that it opens as it opens the real one.
 
 use std::{
+    collections::BTreeMap,
+    ffi::OsString,
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
@@ -19,9 +21,10 @@ use berth_agent::{
     },
     metrics::Metrics,
     observe, vendor,
-    vendor::nvml::watch::WatchConfig,
+    vendor::{dcmi, nvml},
 };
 use berth_runtime::{Clock, clock::InFlight};
+use berth_types::Vendor;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -33,31 +36,58 @@ use super::{
 
 /// Between two lines of one moment: enough for the first to be consumed whole.
 const STEP: Duration = Duration::from_micros(1);
-/// The library's name in the lab's folder.
-const LIBRARY: &str = "libnvidia-ml.so.1";
+/// A vendor's library in the lab.
+pub(super) struct Vendored {
+    /// Who makes the devices.
+    pub(super) vendor: Vendor,
+    /// The double.
+    pub(super) double: PathBuf,
+}
 
-/// Plays `script` with the double at `double`; answers what the agent said.
-pub(super) fn play(script: Arc<Script>, double: &Path) -> anyhow::Result<Vec<Said>> {
+impl Vendored {
+    /// The library's name in the lab's folder.
+    const fn library(&self) -> &'static str {
+        match self.vendor {
+            Vendor::Nvidia => nvml::LIBRARY,
+            Vendor::Ascend => dcmi::LIBRARY,
+        }
+    }
+
+    /// Its field of the header's `libraries`.
+    const fn field(&self) -> &'static str {
+        match self.vendor {
+            Vendor::Nvidia => "nvml",
+            Vendor::Ascend => "dcmi",
+        }
+    }
+}
+
+/// Plays `script` with the doubles of its vendors; answers what the agent said.
+pub(super) fn play(script: Arc<Script>, vendors: &[Vendored]) -> anyhow::Result<Vec<Said>> {
     let folder = tempfile::tempdir().context("making the lab's folder")?;
-    let library = folder.path().join(LIBRARY);
     let clock = Clock::discrete();
-    let double = install(&script, double, &library, &clock)?;
-    let now = clock.clone();
-    let said = clock
-        .run(async move { Lab { script, clock: now, double }.run(library).await })
-        .context("running the lab")??;
+    let mut doubles = BTreeMap::new();
+    for vendor in vendors {
+        let library = folder.path().join(vendor.library());
+        if let Some(double) = install(&script, vendor, &library, &clock)? {
+            doubles.insert(vendor.vendor, double);
+        }
+    }
+    let (now, path) = (clock.clone(), folder.path().to_owned());
+    let said =
+        clock.run(async move { Lab { script, clock: now, doubles }.run(&path).await }).context("running the lab")??;
     drop(folder);
     Ok(said)
 }
 
 /// Puts the double where the agent will look for the library, unless the script says that there is none.
-fn install(script: &Script, from: &Path, to: &Path, clock: &Clock) -> anyhow::Result<Option<Double>> {
-    let nvml = script.header.pointer("/libraries/nvml");
-    if nvml.is_some_and(Value::is_null) {
+fn install(script: &Script, from: &Vendored, to: &Path, clock: &Clock) -> anyhow::Result<Option<Double>> {
+    let header = script.header.pointer(&format!("/libraries/{}", from.field()));
+    if header.is_some_and(Value::is_null) {
         return Ok(None);
     }
-    let mut bytes = fs::read(from).with_context(|| format!("reading {}", from.display()))?;
-    let missing = nvml.and_then(|nvml| nvml.get("missing")).and_then(Value::as_array);
+    let mut bytes = fs::read(&from.double).with_context(|| format!("reading {}", from.double.display()))?;
+    let missing = header.and_then(|library| library.get("missing")).and_then(Value::as_array);
     for symbol in missing.into_iter().flatten().filter_map(Value::as_str) {
         hide(&mut bytes, symbol);
     }
@@ -81,11 +111,11 @@ fn hide(bytes: &mut [u8], symbol: &str) {
 struct Lab {
     script: Arc<Script>,
     clock: Clock,
-    double: Option<Double>,
+    doubles: BTreeMap<Vendor, Double>,
 }
 
 impl Lab {
-    async fn run(self, library: PathBuf) -> anyhow::Result<Vec<Said>> {
+    async fn run(self, folder: &Path) -> anyhow::Result<Vec<Said>> {
         let (records, log) = mpsc::channel();
         let past = self.script.events.iter().take_while(|event| event.at_us < 0);
         let mut sequence = 0;
@@ -95,14 +125,9 @@ impl Lab {
         let _ = records.send(Entry::CaughtUp);
         let (observer, mut reports) = tokio::sync::mpsc::unbounded_channel();
         let stop = CancellationToken::new();
-        let present = self.script.devices.iter().filter(|device| !device.absent);
-        let nvml = WatchConfig {
-            library: Some(library.into()),
-            kernel_lists: present.filter_map(|device| device.local.parse::<PciAddress>().ok()).collect(),
-            expected: self.script.expected,
-        };
         let eyes = Eyes {
-            nvml,
+            nvml: self.nvml(folder),
+            dcmi: self.dcmi(folder),
             log: Some(Box::new(LabLog(log))),
             observer: Some(observer),
             probes: None,
@@ -125,10 +150,27 @@ impl Lab {
         self.clock.sleep_until(moment(zero, self.script.end_us()).saturating_add(STEP)).await;
         said.extend(drain(&mut reports, zero, false));
         stop.cancel();
-        if let Some(double) = &self.double {
-            double.stop();
-        }
+        self.doubles.values().for_each(Double::stop);
         Ok(said)
+    }
+
+    fn nvml(&self, folder: &Path) -> Option<nvml::watch::WatchConfig> {
+        let expected = self.script.expected(Vendor::Nvidia)?;
+        let present = self.script.devices.iter().filter(|device| !device.absent);
+        let kernel_lists = present.filter_map(|device| device.local.parse::<PciAddress>().ok()).collect();
+        let library = Some(folder.join(nvml::LIBRARY).into());
+        Some(nvml::watch::WatchConfig { library, kernel_lists, expected })
+    }
+
+    fn dcmi(&self, folder: &Path) -> Option<dcmi::watch::WatchConfig> {
+        let expected = self.script.expected(Vendor::Ascend)?;
+        // One double plays both libraries.
+        let library: OsString = folder.join(dcmi::LIBRARY).into();
+        Some(dcmi::watch::WatchConfig { library: Some(library.clone()), switch_library: Some(library), expected })
+    }
+
+    fn apply(&self, vendor: Vendor, line: &str) -> anyhow::Result<()> {
+        self.doubles.get(&vendor).map_or(Ok(()), |double| double.apply(line))
     }
 
     /// An event from before the agent started: records wait in the ring, settings hold, the rest is gone.
@@ -137,11 +179,7 @@ impl Lab {
             What::Kmsg { text, priority } => {
                 let _ = records.send(Entry::Record(record(*priority, sequence, 0, text), None));
             }
-            What::Nvml(line) => {
-                if let Some(double) = &self.double {
-                    double.apply(line)?;
-                }
-            }
+            What::Double(vendor, line) => self.apply(*vendor, line)?,
             What::KmsgLost | What::Reset { .. } | What::Validated { .. } => {}
         }
         Ok(())
@@ -163,11 +201,7 @@ impl Lab {
             What::KmsgLost => {
                 let _ = records.send(Entry::Lost(self.clock.in_flight()));
             }
-            What::Nvml(line) => {
-                if let Some(double) = &self.double {
-                    double.apply(line)?;
-                }
-            }
+            What::Double(vendor, line) => self.apply(*vendor, line)?,
             What::Reset { local, outcome } => {
                 let step = match outcome {
                     Outcome::Started => ResetStep::Started,

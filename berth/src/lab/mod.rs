@@ -18,10 +18,15 @@ use clap::Subcommand;
 use serde_json::json;
 
 use crate::verdict::Verdict;
+use berth_types::Vendor;
+use drive::Vendored;
 use script::Script;
 
-/// The double's file, beside this program where cargo puts both.
-const DOUBLE: &str = "libberth_double_nvml.so";
+/// The doubles' packages and files; a file is beside this program where cargo puts both.
+const DOUBLES: [(Vendor, &str, &str); 2] = [
+    (Vendor::Nvidia, "berth-double-nvml", "libberth_double_nvml.so"),
+    (Vendor::Ascend, "berth-double-dcmi", "libberth_double_dcmi.so"),
+];
 
 /// Try things that need no cluster and no hardware.
 #[derive(Debug, clap::Args)]
@@ -47,19 +52,26 @@ struct NodeArgs {
     /// The double of NVIDIA's management library; default: beside this program
     #[arg(long, env = "BERTH_DOUBLE_NVML")]
     nvml_double: Option<PathBuf>,
+    /// The double of Ascend's management library; default: beside this program
+    #[arg(long, env = "BERTH_DOUBLE_DCMI")]
+    dcmi_double: Option<PathBuf>,
 }
 
 /// Plays, prints, judges.
 pub(crate) fn run(args: LabArgs) -> anyhow::Result<Verdict> {
-    let Lab::Node(NodeArgs { script: path, json, nvml_double }) = args.lab;
+    let Lab::Node(NodeArgs { script: path, json, nvml_double, dcmi_double }) = args.lab;
     let text = fs::read_to_string(&path).with_context(|| format!("--script {}", path.display()))?;
     let script = Script::parse(&text).with_context(|| path.display().to_string())?;
-    let double = match nvml_double {
-        Some(double) => double,
-        None => find_double()?,
-    };
+    let mut vendors = Vec::new();
+    for (named, (vendor, package, file)) in [nvml_double, dcmi_double].into_iter().zip(DOUBLES) {
+        // A vendor that the node has nothing of needs no double.
+        if script.expected(vendor).is_some() {
+            let double = named.map_or_else(|| find_double(package, file), Ok)?;
+            vendors.push(Vendored { vendor, double });
+        }
+    }
     let script = Arc::new(script);
-    let said = drive::play(Arc::clone(&script), &double).with_context(|| path.display().to_string())?;
+    let said = drive::play(Arc::clone(&script), &vendors).with_context(|| path.display().to_string())?;
     let judged = judge::judge(&script, &said);
     let passed = judged.iter().all(|judged| judged.ok);
     let lines: Vec<judge::Line> = said.iter().map(judge::Said::line).collect();
@@ -70,15 +82,16 @@ pub(crate) fn run(args: LabArgs) -> anyhow::Result<Verdict> {
     Ok(passed.into())
 }
 
-fn find_double() -> anyhow::Result<PathBuf> {
+fn find_double(package: &str, file: &str) -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe().context("finding this program")?;
     let folder = program.parent().unwrap_or(Path::new("."));
-    let places = [folder.join(DOUBLE), folder.join("deps").join(DOUBLE), folder.join("..").join(DOUBLE)];
+    let places = [folder.join(file), folder.join("deps").join(file), folder.join("..").join(file)];
     match places.into_iter().find(|place| place.is_file()) {
         Some(place) => Ok(place),
         None => bail!(
-            "{DOUBLE} is not beside {}: build it with `cargo build -p berth-double-nvml`, or name it with --nvml-double",
-            program.display()
+            "{file} is not beside {}: build it with `cargo build -p {package}`, or name it with --{}-double",
+            program.display(),
+            package.rsplit('-').next().unwrap_or(package)
         ),
     }
 }

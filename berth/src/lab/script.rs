@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, bail, ensure};
 use berth_agent::health::fact::PciAddress;
+use berth_types::Vendor;
 use serde_json::{Map, Value};
 
 /// A script.
@@ -14,8 +15,6 @@ pub(super) struct Script {
     pub(super) header: Value,
     /// Declared devices, present and absent, as the agent names them.
     pub(super) devices: Vec<Declared>,
-    /// Devices that the node should have.
-    pub(super) expected: Option<usize>,
     /// What happens, in time order.
     pub(super) events: Vec<Event>,
     /// What must hold.
@@ -27,6 +26,8 @@ pub(super) struct Script {
 pub(super) struct Declared {
     /// Its local id.
     pub(super) local: String,
+    /// Who makes it.
+    pub(super) vendor: Vendor,
     /// No library lists it.
     pub(super) absent: bool,
 }
@@ -49,8 +50,8 @@ pub(super) enum What {
     Kmsg { text: String, priority: u32 },
     /// Kernel records are lost.
     KmsgLost,
-    /// A line for NVIDIA's double.
-    Nvml(String),
+    /// A line for a vendor's double.
+    Double(Vendor, String),
     /// An ordered reset.
     Reset { local: String, outcome: Outcome },
     /// The validation probe's outcome.
@@ -112,8 +113,8 @@ impl Script {
         let mut lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         let (_, first) = lines.next().context("line 1: the script is empty: it begins with the node's devices")?;
         let header: Value = serde_json::from_str(first).context("line 1")?;
-        let (devices, expected) = read_header(&header).context("line 1")?;
-        let mut script = Self { header, devices, expected, events: Vec::new(), expectations: Vec::new() };
+        let devices = read_header(&header).context("line 1")?;
+        let mut script = Self { header, devices, events: Vec::new(), expectations: Vec::new() };
         for (at, text) in lines {
             let line = at.saturating_add(1);
             script.read_line(line, text).with_context(|| format!("line {line}"))?;
@@ -121,6 +122,19 @@ impl Script {
         // Stable: lines of one moment keep their order.
         script.events.sort_by_key(|event| event.at_us);
         Ok(script)
+    }
+
+    /// Devices of a vendor that the node should have; `None` = it has nothing of that vendor. The header's
+    /// number counts both vendors together: with both there, what is declared of each is expected.
+    pub(super) fn expected(&self, vendor: Vendor) -> Option<Option<usize>> {
+        let declared = self.devices.iter().filter(|device| device.vendor == vendor).count();
+        let total = self.header.get("expected_devices").and_then(Value::as_u64);
+        let total = total.map(|total| usize::try_from(total).unwrap_or(usize::MAX));
+        match declared {
+            0 => None,
+            all if all == self.devices.len() => Some(total),
+            some => Some(total.map(|_| some)),
+        }
     }
 
     /// Devices that no expectation names.
@@ -175,7 +189,14 @@ impl Script {
         }
         if let Some(device) = fields.get("nvml") {
             self.device(device).context("field nvml")?;
-            return Ok(Some(What::Nvml(text.to_owned())));
+            return Ok(Some(What::Double(Vendor::Nvidia, text.to_owned())));
+        }
+        if let Some(device) = fields.get("dcmi") {
+            self.device(device).context("field dcmi")?;
+            return Ok(Some(What::Double(Vendor::Ascend, text.to_owned())));
+        }
+        if fields.contains_key("switch") {
+            return Ok(Some(What::Double(Vendor::Ascend, text.to_owned())));
         }
         if let Some(device) = fields.get("reset") {
             let local = self.device(device).context("field reset")?;
@@ -192,10 +213,7 @@ impl Script {
             let ok = fields.get("ok").and_then(Value::as_bool).context("field ok: true or false")?;
             return Ok(Some(What::Validated { local, ok }));
         }
-        for field in ["dcmi", "switch"] {
-            ensure!(!fields.contains_key(field), "field {field}: this build has no double of Ascend's libraries");
-        }
-        bail!("nothing happens: write kmsg, kmsg_lost, nvml, reset, validated or speed")
+        bail!("nothing happens: write kmsg, kmsg_lost, nvml, dcmi, switch, reset, validated or speed")
     }
 
     fn expectation(&self, line: usize, fields: &Map<String, Value>) -> anyhow::Result<Expectation> {
@@ -229,27 +247,41 @@ impl Script {
     }
 
     fn device(&self, value: &Value) -> anyhow::Result<String> {
-        let text = value.as_str().context("an Ascend device: this build has no double of Ascend's libraries")?;
-        let local = text.parse::<PciAddress>()?.to_string();
+        let local = match value {
+            Value::String(text) => text.parse::<PciAddress>()?.to_string(),
+            Value::Array(place) => match place.iter().map(Value::as_u64).collect::<Option<Vec<u64>>>().as_deref() {
+                Some([card, device]) => format!("{card}.{device}"),
+                _ => bail!("an Ascend device is [card, device]"),
+            },
+            _ => bail!("a device is a PCI address or [card, device]"),
+        };
         ensure!(self.devices.iter().any(|device| device.local == local), "{local} is no device of line 1");
         Ok(local)
     }
 }
 
-fn read_header(header: &Value) -> anyhow::Result<(Vec<Declared>, Option<usize>)> {
+fn read_header(header: &Value) -> anyhow::Result<Vec<Declared>> {
     let list = |name: &str| header.get(name).and_then(Value::as_array).cloned().unwrap_or_default();
-    ensure!(list("ascend").is_empty(), "field ascend: this build has no double of Ascend's libraries");
-    let mut devices = Vec::new();
+    let mut devices: Vec<Declared> = Vec::new();
+    let mut declare = |local: String, vendor: Vendor, device: &Value| {
+        let absent = device.get("absent").and_then(Value::as_bool).unwrap_or(false);
+        ensure!(!devices.iter().any(|known| known.local == local), "field {vendor}: {local} comes twice");
+        devices.push(Declared { local, vendor, absent });
+        Ok(())
+    };
     for device in list("nvidia") {
         let pci = device.get("pci").and_then(Value::as_str).context("field nvidia.pci is missing")?;
         let local = pci.parse::<PciAddress>().context("field nvidia.pci")?.to_string();
-        let absent = device.get("absent").and_then(Value::as_bool).unwrap_or(false);
-        ensure!(!devices.iter().any(|known: &Declared| known.local == local), "field nvidia: {local} comes twice");
-        devices.push(Declared { local, absent });
+        declare(local, Vendor::Nvidia, &device)?;
     }
-    ensure!(!devices.is_empty(), "field nvidia: no devices");
-    let expected = header.get("expected_devices").and_then(Value::as_u64);
-    Ok((devices, expected.map(usize::try_from).transpose()?))
+    for device in list("ascend") {
+        let number = |name: &str| device.get(name).map(|value| value.as_u64().context(format!("field ascend.{name}")));
+        let card = number("card").context("field ascend.card is missing")??;
+        let place = number("device").transpose()?.unwrap_or(0);
+        declare(format!("{card}.{place}"), Vendor::Ascend, &device)?;
+    }
+    ensure!(!devices.is_empty(), "fields nvidia and ascend: no devices");
+    Ok(devices)
 }
 
 /// A time in milliseconds, fractions too, as microseconds.
@@ -296,17 +328,22 @@ mod tests {
 
     #[test]
     fn what_cannot_be_played_is_named_by_line_and_field() {
-        assert!(
-            error(r#"{"at_ms":1,"dcmi":[0,0],"set":{}}"#).starts_with("line 2: field dcmi"),
-            "{}",
-            error(r#"{"at_ms":1,"dcmi":[0,0]}"#)
-        );
+        let error_of_dcmi = error(r#"{"at_ms":1,"dcmi":[0,0],"set":{}}"#);
+        assert!(error_of_dcmi.starts_with("line 2: field dcmi"), "{error_of_dcmi}");
         assert!(error(r#"{"at_ms":1}"#).contains("nothing happens"));
         assert!(error(r#"{"kmsg":"x"}"#).contains("at_ms is missing"));
         assert!(error(r#"{"at_ms":1,"nvml":"0000:77:00.0"}"#).contains("no device of line 1"));
         assert!(error(r#"{"by_ms":1,"expect":{"device":"all","colour":"red"}}"#).contains("expect.colour"));
-        assert!(
-            format!("{:#}", Script::parse(r#"{"ascend":[{"card":0}]}"#).unwrap_err()).contains("line 1: field ascend")
-        );
+        let headless = format!("{:#}", Script::parse(r#"{"ascend":[{"device":0}]}"#).unwrap_err());
+        assert!(headless.contains("line 1: field ascend.card"), "{headless}");
+    }
+
+    #[test]
+    fn devices_of_both_vendors_are_named_as_the_agent_names_them() {
+        let head = r#"{"nvidia":[{"pci":"0000:3b:00.0"}],"ascend":[{"card":3,"device":1}],"expected_devices":2}"#;
+        let line = r#"{"at_ms":1,"reset":[3,1],"outcome":"ok"}"#;
+        let script = Script::parse(&format!("{head}\n{line}")).unwrap();
+        assert!(matches!(&script.events[0].what, What::Reset { local, .. } if local == "3.1"));
+        assert_eq!((script.expected(Vendor::Nvidia), script.expected(Vendor::Ascend)), (Some(Some(1)), Some(Some(1))));
     }
 }

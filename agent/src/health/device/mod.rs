@@ -2,8 +2,10 @@
 //! handed back.
 
 mod due;
+mod npu;
 mod readings;
 mod resets;
+mod silence;
 mod xids;
 
 use std::{
@@ -11,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
+use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope, Vendor};
 
 use super::{
     catalog::{self, Row},
@@ -39,6 +41,8 @@ pub enum Effect {
     Reread,
     /// Programs keep failing here; only the node can tell whether it is the device.
     Suspect,
+    /// This code happened here and is over; a link fault of the node may mean more by it.
+    Trigger(u32),
 }
 
 /// Conditions that the driver's recovery action can be the consequence of.
@@ -83,6 +87,7 @@ pub struct Device {
     returned: BTreeMap<Reason, Duration>,
     corrected: VecDeque<(Duration, u64)>,
     clique: Option<Option<u32>>,
+    npu: npu::Npu,
     /// Facts come from the time before the agent started.
     replaying: bool,
     settings: Settings,
@@ -118,6 +123,8 @@ impl Device {
             What::BusLoss(line) => self.lost(now, line),
             What::Event(bits) => self.event(now, *bits, effects),
             What::Reading(reading) => self.reading(now, reading, effects),
+            What::Alarm(alarm) => self.alarm(now, *alarm, effects),
+            What::Npu(reading) => self.npu_reading(now, reading, effects),
             What::Reset(step) => self.reset(now, *step, effects),
             What::Validated(ok) => self.validate(now, *ok, effects),
             What::WorkerDied(how) => effects.push(Effect::Note {
@@ -137,13 +144,15 @@ impl Device {
                 );
             }
             What::Library => self.end(Reason::AgentBlind, Origin::Vendor),
-            What::Switch { .. } | What::Count { .. } => {}
+            What::Switch { .. } | What::Count { .. } | What::Fabric { .. } | What::Fabrics { .. } | What::Driver(_) => {
+            }
         }
     }
 
     /// Lets time pass: what waited for it happens.
     pub fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) {
         self.decide_waiting(now, effects);
+        self.npu_tick(now, effects);
         self.conditions.retain(|_, condition| match condition.phase {
             Phase::Held(until) | Phase::Probation(until) => until > now,
             Phase::Active => true,
@@ -166,7 +175,8 @@ impl Device {
             }
             Phase::Active => None,
         });
-        conditions.chain(self.waiting.iter().map(xids::Waiting::until)).min()
+        let waiting = self.waiting.iter().map(xids::Waiting::until);
+        conditions.chain(waiting).chain(self.npu_deadline()).min()
     }
 
     /// The five words and the evidence of the worst condition.
@@ -202,6 +212,10 @@ impl Device {
         self.conditions.retain(|(reason, _), condition| !condition.old || still_true(*reason, &last));
     }
 
+    fn is_npu(&self) -> bool {
+        self.info.as_ref().is_some_and(|info| info.vendor == Vendor::Ascend)
+    }
+
     fn worker_stuck(&mut self, now: Duration, stuck: Option<&str>) {
         let words = Words::new(Health::Unknown, Admission::Barred, Action::None, Scope::Device);
         match stuck {
@@ -220,6 +234,9 @@ impl Device {
     fn lost(&mut self, now: Duration, evidence: &str) {
         if self.resetting.is_some() {
             return;
+        }
+        if self.is_npu() {
+            return self.lost_npu(now, evidence);
         }
         let row = Row { reason: Reason::DeviceLost, words: catalog::REBOOT, clears: Clears::Probe };
         self.begin(now, row, Origin::Vendor, evidence);
@@ -258,14 +275,22 @@ impl Device {
         if words.action == Action::None || self.replaying {
             return words;
         }
+        // Ascend's codes say themselves how often is too often.
+        let npu = self.is_npu();
+        // Another code of the same incident is no new one.
+        if self.conditions.iter().any(|((of, origin), open)| {
+            *of == reason && *origin != Origin::Sibling && !matches!(open.phase, Phase::Probation(_))
+        }) {
+            return words;
+        }
         let recent = |at: Duration| now.saturating_sub(at) <= DAY;
         let begun = self.begun.entry(reason).or_default();
         begun.retain(|at| recent(*at));
         begun.push(now);
         let often = begun.len() >= REPEATED;
         let again = self.returned.get(&reason).is_some_and(|at| recent(*at));
-        let words = if again { climb(words) } else { words };
-        if often || (again && words.action == Action::ServiceHardware) {
+        let words = if again { climb(words, self.grouped()) } else { words };
+        if (often && !npu) || (again && words.action == Action::ServiceHardware) {
             self.give_up(now, &format!("{reason} came back"));
         }
         words
@@ -315,10 +340,10 @@ impl Device {
 }
 
 /// One step up; from a reset on, a step that did not help bars the device.
-fn climb(words: Words) -> Words {
+fn climb(words: Words, grouped: bool) -> Words {
     let admission = if words.action >= Action::ResetDevice { Admission::Barred } else { words.admission };
     let health = if admission == Admission::Barred { Health::Unhealthy } else { words.health };
-    Words { health, admission, action: next_step(words.action), scope: words.scope }
+    Words { health, admission, action: next_step(words.action, grouped), scope: words.scope }
 }
 
 /// Whether a fault from the log of the past still holds by what the device says now.

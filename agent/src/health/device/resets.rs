@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use berth_types::{Action, Admission, Reason};
+use berth_types::{Action, Admission, Health, Reason};
 
 use super::{CAUSES, Device, Effect, Phase, ResetStep, climb};
 use crate::health::{
     catalog,
-    condition::{Clears, Origin, next_step},
+    condition::{Clears, Condition, Origin, Words, next_step},
+    neighbours::Cause,
 };
 
 /// A validation waits so long for a reading that is good.
@@ -70,13 +71,16 @@ impl Device {
         match step {
             ResetStep::Started => {
                 (self.resetting, self.reset_done, self.validated) = (Some(now), None, None);
+                self.npu.silence.announce(now);
             }
             ResetStep::Done => {
                 (self.resetting, self.reset_done) = (None, Some(now));
+                self.npu.silence.done();
                 effects.push(Effect::Reread);
             }
             ResetStep::Failed => {
                 self.resetting = None;
+                self.npu.silence.end();
                 self.fail(now, Action::ResetDevice, "reset failed");
             }
         }
@@ -97,11 +101,14 @@ impl Device {
     /// One step up for every fault that the failed step was meant to end.
     fn fail(&mut self, now: Duration, step: Action, how: &str) {
         let mut worn = false;
+        let grouped = self.grouped();
+        // A device of a group was reset with all of it.
+        let step = if grouped && step == Action::ResetDevice { Action::ResetGroup } else { step };
         for condition in self.conditions.values_mut().filter(|condition| condition.words.action != Action::None) {
             let before = condition.words;
             let failed = if step == Action::None { before.action } else { step };
-            let mut words = climb(catalog::RESET);
-            (words.scope, words.action) = (before.scope, next_step(failed).max(before.action));
+            let mut words = climb(catalog::RESET, false);
+            (words.scope, words.action) = (before.scope, next_step(failed, grouped).max(before.action));
             if failed < Action::ResetDevice {
                 (words.health, words.admission) = (before.health, before.admission);
             }
@@ -130,7 +137,10 @@ impl Device {
         let returning: Vec<_> = self
             .conditions
             .iter()
-            .filter(|(_, condition)| {
+            .filter(|((_, origin), condition)| {
+                if self.holds(*origin) {
+                    return false;
+                }
                 let probed = condition.clears == Clears::Probe
                     || (condition.clears == Clears::ReadingHeld && condition.words.action == Action::RestartWorkload);
                 // What came after the probe was not probed.
@@ -146,15 +156,80 @@ impl Device {
                     Admission::Schedulable => Admission::Schedulable,
                     Admission::Draining | Admission::Barred => Admission::Draining,
                 };
-                self.returned.insert(key.0, now);
+                if key.1 != Origin::Sibling {
+                    self.returned.insert(key.0, now);
+                }
             }
         }
     }
 
     /// When the last reading began, if it says nothing against this device.
     pub(super) fn good_reading(&self) -> Option<Duration> {
-        let last = self.last.as_ref()?;
+        let Some(last) = &self.last else { return self.npu_good() };
         let good = !last.lost && last.blind().is_none() && !matches!(last.recovery.value(), Some(1 | 2 | 4));
         good.then_some(last.begun)
+    }
+
+    /// Whether the driver still lists the code of a condition.
+    pub(super) fn holds(&self, origin: Origin) -> bool {
+        matches!(origin, Origin::Code(code) if self.npu.active.contains_key(&code))
+    }
+
+    /// Why all devices of the reset group must be reset, if they must.
+    pub(crate) fn needs_group_reset(&self) -> Option<(Reason, String)> {
+        let wants = |condition: &Condition| {
+            let words = condition.words;
+            !matches!(condition.phase, Phase::Probation(_))
+                && words.admission == Admission::Barred
+                && matches!(words.action, Action::ResetGroup | Action::RebootNode)
+        };
+        let cause =
+            self.conditions.iter().find(|((_, origin), condition)| *origin != Origin::Sibling && wants(condition));
+        cause.map(|((reason, _), condition)| (*reason, condition.evidence.clone()))
+    }
+
+    /// Whether it stands by for another device of its group.
+    pub(crate) fn is_sibling(&self) -> bool {
+        self.conditions.keys().any(|(_, origin)| *origin == Origin::Sibling)
+    }
+
+    /// Another device of the reset group must be reset, or none must any more.
+    pub(crate) fn sibling(&mut self, now: Duration, cause: Option<Cause>) {
+        let known = self.conditions.iter().find(|((_, origin), _)| *origin == Origin::Sibling);
+        let known = known.map(|(key, condition)| (*key, condition.clears));
+        match (cause, known) {
+            (Some(cause), None) => self.stand_by(now, &cause, Clears::Reading),
+            // One that was reset itself comes back as such.
+            (None, Some((key, Clears::Reading))) => self.end(key.0, key.1),
+            (Some(_), Some(_)) | (None, _) => {}
+        }
+    }
+
+    /// It is reset because another device of its group is.
+    pub(crate) fn reset_along(&mut self, now: Duration, cause: &Cause, step: ResetStep, effects: &mut Vec<Effect>) {
+        if step == ResetStep::Started {
+            let known = self.conditions.iter_mut().find(|((_, origin), _)| *origin == Origin::Sibling);
+            match known {
+                Some((_, condition)) => (condition.clears, condition.phase) = (Clears::Probe, Phase::Active),
+                None => self.stand_by(now, cause, Clears::Probe),
+            }
+        }
+        self.reset(now, step, effects);
+    }
+
+    /// Nothing is wrong with it, and nothing new is placed on it.
+    fn stand_by(&mut self, now: Duration, (reason, scope, evidence): &Cause, clears: Clears) {
+        let words = Words::new(Health::Healthy, Admission::Draining, Action::None, *scope);
+        let condition = Condition {
+            words,
+            evidence: evidence.clone(),
+            since: now,
+            last: now,
+            clears,
+            phase: Phase::Active,
+            count: 1,
+            old: false,
+        };
+        self.conditions.insert((*reason, Origin::Sibling), condition);
     }
 }

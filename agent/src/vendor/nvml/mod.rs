@@ -8,7 +8,7 @@ pub mod watch;
 
 use std::{
     ffi::{OsStr, OsString},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -16,7 +16,13 @@ use berth_runtime::Clock;
 use berth_types::Vendor;
 use ffi::{Api, Code, GPU_IS_LOST, NOT_SUPPORTED, RESET_REQUIRED, SUCCESS, TIMEOUT};
 
-use crate::health::fact::{DeviceInfo, Fabric, PciAddress, Read, Reading, Rows};
+use crate::{
+    health::fact::{DeviceInfo, Fabric, PciAddress, Read, Reading, Rows, What},
+    vendor::{
+        poll::Readable,
+        slate::{Failure, Slate},
+    },
+};
 
 /// The library's name, as the dynamic linker searches it.
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -136,7 +142,8 @@ impl Nvml {
         let handle = self.api.by_index(index)?;
         let (domain, bus, device) = self.api.pci(handle)?;
         let narrow = |number: u32| u8::try_from(number).map_err(|_| NOT_SUPPORTED);
-        let local = PciAddress { domain, bus: narrow(bus)?, device: narrow(device)? }.to_string();
+        let pci = PciAddress { domain, bus: narrow(bus)?, device: narrow(device)? };
+        let local = pci.to_string();
         let serial = self.api.serial(handle).unwrap_or_default();
         let info = DeviceInfo {
             vendor: Vendor::Nvidia,
@@ -146,6 +153,8 @@ impl Nvml {
             interconnect_domain: self.domain(handle),
             card: if serial.is_empty() { local.clone() } else { serial },
             local,
+            pci: Some(pci),
+            reset_group: None,
         };
         let links = (0..LINKS).filter(|link| self.api.link_up(handle, *link) == Ok(true)).collect();
         Ok(Target { info, handle, links })
@@ -161,7 +170,7 @@ impl Nvml {
     }
 
     /// Reads every value of a device onto `slate`, deciding values first, but for those in its skip list.
-    pub fn read(&self, target: &Target, slate: &Slate, clock: &Clock) {
+    pub fn read(&self, target: &Target, slate: &Slate<Reading>, clock: &Clock) {
         for step in STEPS {
             if !slate.begin(step.name, clock.now()) {
                 continue;
@@ -216,82 +225,51 @@ impl Events {
     }
 }
 
-/// What became of a value that could not be had.
-#[derive(Clone, Copy, Debug)]
-pub enum Failure {
-    /// NVML's code.
-    Code(i32),
-    /// No answer in time.
-    Missed,
+/// One device, with the library that reads it.
+#[derive(Debug)]
+pub struct Gpu {
+    /// The library.
+    pub library: Arc<Nvml>,
+    /// The device.
+    pub target: Target,
 }
 
-impl<T> From<Failure> for Read<T> {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Code(code) => Self::Failed(code),
-            Failure::Missed => Self::Missed,
-        }
+impl Readable for Gpu {
+    type Values = Reading;
+
+    fn local(&self) -> &str {
+        &self.target.info.local
+    }
+
+    fn blank(&self, now: Duration) -> Reading {
+        Reading { begun: now, ..Reading::default() }
+    }
+
+    fn read(&self, slate: &Slate<Reading>, clock: &Clock) {
+        self.library.read(&self.target, slate, clock);
+    }
+
+    fn give_up(&self, slate: &Slate<Reading>) -> (Reading, Option<&'static str>) {
+        give_up(slate)
+    }
+
+    fn unread(&self, mut values: Reading) -> Reading {
+        values.recovery = Read::Missed;
+        values
+    }
+
+    fn fact(&self, values: Reading) -> What {
+        What::Reading(Box::new(values))
     }
 }
 
-/// Where a reading is written while it is made, so that what came before a call that hangs is kept.
-#[derive(Clone, Debug, Default)]
-pub struct Slate(Arc<Mutex<Writing>>);
-
-#[derive(Clone, Debug, Default)]
-struct Writing {
-    values: Reading,
-    current: &'static str,
-    since: Duration,
-    skip: Vec<&'static str>,
-}
-
-impl Slate {
-    /// An empty slate for a reading that begins at `now` and leaves out what is in `skip`.
-    #[must_use]
-    pub fn new(now: Duration, skip: Vec<&'static str>) -> Self {
-        let values = Reading { begun: now, ..Reading::default() };
-        Self(Arc::new(Mutex::new(Writing { values, current: "", since: now, skip })))
+fn give_up(slate: &Slate<Reading>) -> (Reading, Option<&'static str>) {
+    let (mut values, current) = (slate.values(), slate.current());
+    let step = STEPS.iter().find(|step| step.name == current);
+    if let Some(step) = step {
+        (step.failed)(&mut values, Failure::Missed);
     }
-
-    fn with<T>(&self, act: impl FnOnce(&mut Writing) -> T) -> T {
-        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn begin(&self, name: &'static str, now: Duration) -> bool {
-        self.with(|writing| {
-            (writing.current, writing.since) = (name, now);
-            !writing.skip.contains(&name)
-        })
-    }
-
-    fn write(&self, values: Reading) {
-        self.with(|writing| writing.values = values);
-    }
-
-    /// When the current call began.
-    #[must_use]
-    pub fn since(&self) -> Duration {
-        self.with(|writing| writing.since)
-    }
-
-    /// What was read so far.
-    #[must_use]
-    pub fn values(&self) -> Reading {
-        self.with(|writing| writing.values.clone())
-    }
-
-    /// What was read before a call hung, that call's value marked as missed. Answers the call's name when
-    /// its value decides nothing, so that it may be left out for a while.
-    #[must_use]
-    pub fn give_up(&self) -> (Reading, Option<&'static str>) {
-        let (mut values, current) = self.with(|writing| (writing.values.clone(), writing.current));
-        let step = STEPS.iter().find(|step| step.name == current);
-        if let Some(step) = step {
-            (step.failed)(&mut values, Failure::Missed);
-        }
-        (values, step.filter(|step| !step.deciding).map(|step| step.name))
-    }
+    (values, step.filter(|step| !step.deciding).map(|step| step.name))
 }
 
 struct Step {
@@ -434,12 +412,12 @@ mod tests {
 
     #[test]
     fn a_hung_deciding_value_is_missed_and_another_is_only_left_out() {
-        let slate = Slate::new(Duration::ZERO, Vec::new());
+        let slate = Slate::new(Reading::default(), Duration::ZERO, Vec::new());
         assert!(slate.begin("recovery action", Duration::ZERO));
-        let (values, skip) = slate.give_up();
+        let (values, skip) = give_up(&slate);
         assert!(values.recovery == Read::Missed && skip.is_none() && values.blind().is_some());
         assert!(slate.begin("temperature", Duration::ZERO));
-        let (values, skip) = slate.give_up();
+        let (values, skip) = give_up(&slate);
         assert!(skip == Some("temperature") && values.blind().is_none());
     }
 }

@@ -8,35 +8,25 @@ use std::{ffi::OsString, sync::Arc, time::Duration};
 
 use berth_runtime::Clock;
 use berth_types::Vendor;
-use tokio::{
-    sync::{Notify, mpsc},
-    task::JoinSet,
-};
+use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::{Events, Nvml, OpenError, Slate, Target, Waited, library_path};
+use super::{Events, Gpu, Nvml, OpenError, Target, Waited, library_path};
 use crate::{
-    health::fact::{DeviceInfo, Fact, PciAddress, Reading, Source, What, Xid},
+    health::fact::{DeviceInfo, Fact, PciAddress, Source, What, Xid},
     vendor::{
         Bells, Facts, Seen,
         lane::{self, Lane, LaneError},
+        poll::{Poller, READ_LIMIT},
     },
 };
 
 /// Name of this detector.
 pub const NAME: &str = "nvml";
-/// One read has so long.
-const READ_LIMIT: Duration = Duration::from_secs(1);
 /// Opening and listing has so long; a cold driver may load firmware.
 const OPEN_LIMIT: Duration = Duration::from_secs(20);
 /// A library that is missing or refuses is tried again after this.
 const REOPEN: Duration = Duration::from_secs(30);
-/// Between two readings of a device.
-const POLL: Duration = Duration::from_millis(4500);
-/// Between two readings that were asked for.
-const GAP: Duration = Duration::from_millis(50);
-/// A value whose read hung is left out for so long.
-const LEAVE_OUT: Duration = Duration::from_secs(60);
 /// The event thread looks up so often.
 const EVENT_WAIT_MS: u32 = 5000;
 
@@ -87,9 +77,9 @@ impl Watch {
         let mut loops = JoinSet::new();
         for target in targets {
             let bell = self.bells.of(&target.info.local);
-            let (clock, facts, library, first) =
-                (self.clock.clone(), self.facts.clone(), Arc::clone(&library), first.clone());
-            loops.spawn(Poller { clock, facts, library, target, bell }.run(first));
+            let (clock, facts, first) = (self.clock.clone(), self.facts.clone(), first.clone());
+            let device = Arc::new(Gpu { library: Arc::clone(&library), target });
+            loops.spawn(Poller { clock, facts, device, bell }.run(first));
         }
         drop(first);
         let settled = async {
@@ -204,6 +194,8 @@ fn unspoken(address: PciAddress) -> DeviceInfo {
         uuid: String::new(),
         memory_bytes: 0,
         interconnect_domain: None,
+        pci: Some(address),
+        reset_group: None,
     }
 }
 
@@ -236,7 +228,7 @@ impl Listener {
             };
             let listened = match fact {
                 Some(fact) => self.facts.send_blocking(Seen::Fact(fact), Some(guard)),
-                None => !self.facts.0.is_closed(),
+                None => !self.facts.closed(),
             };
             if !listened {
                 return;
@@ -260,54 +252,4 @@ fn fact_of(local: &str, event: &super::Event) -> Fact {
         None => What::Event(event.kind),
     };
     Fact::device(local, what)
-}
-
-/// Reads one device, every few seconds and whenever its bell rings.
-struct Poller {
-    clock: Clock,
-    facts: Facts,
-    library: Arc<Nvml>,
-    target: Target,
-    bell: Arc<Notify>,
-}
-
-impl Poller {
-    async fn run(self, first: mpsc::Sender<()>) {
-        let mut lane = Lane::new(self.target.info.local.clone(), self.clock.clone());
-        let mut left_out: Vec<(&'static str, Duration)> = Vec::new();
-        let mut first = Some(first);
-        loop {
-            let begun = self.clock.now();
-            left_out.retain(|(_, until)| *until > begun);
-            let skip = left_out.iter().map(|(name, _)| *name).collect();
-            let (reading, hung) = self.read(&mut lane, skip).await;
-            left_out.extend(hung.map(|name| (name, self.clock.now().saturating_add(LEAVE_OUT))));
-            let local = self.target.info.local.clone();
-            self.facts.send(Seen::Fact(Fact::device(local, What::Reading(Box::new(reading)))), None).await;
-            drop(first.take());
-            self.clock.sleep_until(begun.saturating_add(GAP)).await;
-            // Both arms only wait.
-            tokio::select! {
-                () = self.bell.notified() => {}
-                () = self.clock.sleep_until(begun.saturating_add(POLL)) => {}
-            }
-        }
-    }
-
-    async fn read(&self, lane: &mut Lane, skip: Vec<&'static str>) -> (Reading, Option<&'static str>) {
-        let slate = Slate::new(self.clock.now(), skip);
-        let (library, target) = (Arc::clone(&self.library), self.target.clone());
-        let (writing, reading, clock) = (slate.clone(), slate.clone(), self.clock.clone());
-        let read = lane.call(READ_LIMIT, move || reading.since(), move || library.read(&target, &writing, &clock));
-        match read.await {
-            Ok(()) => (slate.values(), None),
-            Err(LaneError::Missed(_)) => slate.give_up(),
-            Err(LaneError::Exhausted | LaneError::Broken) => {
-                // No call was made: nothing is known, and the first value stands for all.
-                let mut values = slate.values();
-                values.recovery = crate::health::fact::Read::Missed;
-                (values, None)
-            }
-        }
-    }
 }

@@ -9,11 +9,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    control::{Delivered, Hang, Host, instance},
-    script::{Header, Line},
-    state::{self, Device, NOT_FOUND, NOT_SUPPORTED, OK, State},
-};
+use crate::state::{self, Device, NOT_FOUND, NOT_SUPPORTED, OK, State, instance};
 
 /// A device: its index plus one, dressed as a pointer.
 pub type Handle = *mut c_void;
@@ -129,12 +125,8 @@ fn answer(symbol: &str, handle: Handle, read: impl FnOnce(&Device) -> Result<(),
 /// # Safety
 /// `out` is null or valid for a write of `T`.
 unsafe fn put<T>(out: *mut T, value: T) -> Result<(), c_int> {
-    if out.is_null() {
-        return Err(INVALID_ARGUMENT);
-    }
-    // SAFETY: not null, and the caller vouches for the rest.
-    unsafe { out.write(value) };
-    Ok(())
+    // SAFETY: as this function.
+    unsafe { berth_double_stage::ffi::put(out, value, INVALID_ARGUMENT) }
 }
 
 /// Writes `text` and its end into a buffer of `length`.
@@ -142,16 +134,8 @@ unsafe fn put<T>(out: *mut T, value: T) -> Result<(), c_int> {
 /// # Safety
 /// `out` is null or valid for writes of `length` bytes.
 unsafe fn put_text(out: *mut c_char, length: c_uint, text: &str) -> Result<(), c_int> {
-    let room = usize::try_from(length).unwrap_or(0);
-    if out.is_null() || text.len() >= room {
-        return Err(INSUFFICIENT_SIZE);
-    }
-    // SAFETY: the text and its end fit, and the two cannot overlap.
-    unsafe {
-        ptr::copy_nonoverlapping(text.as_ptr(), out.cast(), text.len());
-        out.add(text.len()).write(0);
-    }
-    Ok(())
+    // SAFETY: as this function.
+    unsafe { berth_double_stage::ffi::put_text(out, length, text, INSUFFICIENT_SIZE) }
 }
 
 fn chars<const N: usize>(text: &str) -> [c_char; N] {
@@ -505,7 +489,9 @@ pub unsafe extern "C" fn nvmlDeviceRegisterEvents(handle: Handle, events: c_ulon
 /// `out` is valid for a write.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn nvmlEventSetWait_v2(_set: Handle, out: *mut EventData, timeout_ms: c_uint) -> c_int {
-    let Some((at, event)) = instance().wait(Duration::from_millis(u64::from(timeout_ms))) else { return TIMEOUT };
+    let limit = Duration::from_millis(u64::from(timeout_ms));
+    let next = |state: &mut State| state.queue.pop_front();
+    let Some((at, event)) = instance().wait(Some(limit), next) else { return TIMEOUT };
     let data = EventData {
         device: ptr::without_provenance_mut(at + 1),
         kind: event.kind.0,
@@ -517,49 +503,4 @@ pub unsafe extern "C" fn nvmlEventSetWait_v2(_set: Handle, out: *mut EventData, 
     unsafe { put(out, data) }.err().unwrap_or(OK)
 }
 
-/// Starts over with the header line at `text`; 0 = done, -1 = not understood.
-///
-/// # Safety
-/// `text` is valid for `length` bytes.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn berth_double_configure(text: *const u8, length: usize) -> i64 {
-    // SAFETY: as this function.
-    let bytes = unsafe { std::slice::from_raw_parts(text, length) };
-    match serde_json::from_slice::<Header>(bytes) {
-        Ok(header) => {
-            instance().configure(&header);
-            0
-        }
-        Err(_) => -1,
-    }
-}
-
-/// Applies one script line; answers how many events it will deliver, -1 = not understood.
-///
-/// # Safety
-/// `text` is valid for `length` bytes.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn berth_double_apply(text: *const u8, length: usize) -> i64 {
-    // SAFETY: as this function.
-    let bytes = unsafe { std::slice::from_raw_parts(text, length) };
-    let applied = serde_json::from_slice::<Line>(bytes).map_err(|error| error.to_string());
-    applied.and_then(|line| instance().apply(&line)).map_or(-1, i64::from)
-}
-
-/// Hands hangs and deliveries to the process that opened the double.
-///
-/// # Safety
-/// Both functions may be called from any thread, for ever.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn berth_double_host(hang: Hang, delivered: Delivered) {
-    instance().host(Host { hang, delivered });
-}
-
-/// Ends every wait for events.
-///
-/// # Safety
-/// Always safe; the ABI makes it unsafe.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn berth_double_stop() {
-    instance().stop();
-}
+berth_double_stage::controls!(State, instance);

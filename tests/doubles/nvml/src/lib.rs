@@ -5,7 +5,6 @@
 //! the agent runs. The node lab drives it through the `berth_double_*` symbols instead.
 //! It must never be part of what ships, and never decides anything: it only answers what it was told.
 
-pub mod control;
 pub mod ffi;
 pub mod script;
 pub mod state;

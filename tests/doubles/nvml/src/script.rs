@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+pub use berth_double_stage::words::{Hex, Value};
 use serde::Deserialize;
 
 /// The first line of a script.
@@ -90,60 +91,6 @@ pub struct Line {
     /// An event to deliver.
     #[serde(default)]
     pub event: Option<Event>,
-}
-
-/// A number, or the code that the call answers instead.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
-#[serde(untagged)]
-pub enum Value {
-    /// The value.
-    Number(u64),
-    /// The call fails.
-    Code {
-        /// With this.
-        #[serde(rename = "return")]
-        code: i32,
-    },
-}
-
-impl Default for Value {
-    fn default() -> Self {
-        Self::Number(0)
-    }
-}
-
-impl Value {
-    /// The number.
-    ///
-    /// # Errors
-    /// The code to return instead.
-    pub fn get(self) -> Result<u64, i32> {
-        match self {
-            Self::Number(number) => Ok(number),
-            Self::Code { code } => Err(code),
-        }
-    }
-}
-
-/// A number written as `"0x8"` or plainly.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(try_from = "serde_json::Value")]
-pub struct Hex(pub u64);
-
-impl TryFrom<serde_json::Value> for Hex {
-    type Error = String;
-
-    fn try_from(value: serde_json::Value) -> Result<Self, String> {
-        let number = match &value {
-            serde_json::Value::Number(number) => number.as_u64(),
-            serde_json::Value::String(text) => match text.strip_prefix("0x") {
-                Some(hex) => u64::from_str_radix(hex, 16).ok(),
-                None => text.parse().ok(),
-            },
-            _ => None,
-        };
-        number.map(Self).ok_or_else(|| format!("{value} is no number: write 8 or \"0x8\""))
-    }
 }
 
 /// Settings; what is absent stays as it is.

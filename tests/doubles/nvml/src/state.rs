@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::script::{DeviceHeader, Event, FabricSet, Header, Remapped, RemappedValue, Set, Value};
+use berth_double_stage::{Instance, Library};
+
+use crate::script::{DeviceHeader, Event, FabricSet, Header, Line, Remapped, RemappedValue, Set, Value};
 
 /// Driver that the double plays when the script names none; new enough for field 230.
 pub const DRIVER: &str = "570.133.20";
@@ -74,10 +76,28 @@ pub struct State {
     pub queue: VecDeque<(usize, Event)>,
 }
 
-impl State {
-    /// The library that `header` describes.
-    #[must_use]
-    pub fn new(header: &Header) -> Self {
+/// The library instance of this process.
+pub fn instance() -> &'static Instance<State> {
+    static INSTANCE: Instance<State> = Instance::new();
+    INSTANCE.ready()
+}
+
+impl Library for State {
+    type Header = Header;
+    type Line = Line;
+    const NAME: &'static str = "libnvidia-ml";
+
+    fn at_ms(line: &Line) -> Option<f64> {
+        line.at_ms
+    }
+
+    fn apply(&mut self, line: &Line) -> Result<u32, String> {
+        // A line without a device of ours is somebody else's.
+        let Some(pci) = &line.nvml else { return Ok(0) };
+        self.change(pci, line.set.as_ref(), line.event)
+    }
+
+    fn new(header: &Header) -> Self {
         let library = header.libraries.nvml.clone().unwrap_or_default();
         let driver = library.driver.unwrap_or_else(|| DRIVER.to_owned());
         let old = major(&driver) < 570;
@@ -104,7 +124,9 @@ impl State {
             queue: VecDeque::new(),
         }
     }
+}
 
+impl State {
     /// Index of the device at `pci`, however its domain is padded.
     #[must_use]
     pub fn find(&self, pci: &str) -> Option<usize> {
@@ -117,7 +139,7 @@ impl State {
     ///
     /// # Errors
     /// When there is no such device, or a key is no number.
-    pub fn apply(&mut self, pci: &str, set: Option<&Set>, event: Option<Event>) -> Result<u32, String> {
+    pub fn change(&mut self, pci: &str, set: Option<&Set>, event: Option<Event>) -> Result<u32, String> {
         let index = self.find(pci).ok_or_else(|| format!("nvml {pci:?} is no device of the header"))?;
         let device = self.devices.get_mut(index).ok_or("no device")?;
         if let Some(set) = set {
@@ -221,7 +243,6 @@ fn number(text: &str) -> Result<u32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::script::Line;
 
     fn state() -> State {
         State::new(
@@ -232,7 +253,7 @@ mod tests {
 
     fn apply(state: &mut State, line: &str) -> Result<u32, String> {
         let line: Line = serde_json::from_str(line).unwrap();
-        state.apply(line.nvml.as_deref().unwrap(), line.set.as_ref(), line.event)
+        state.apply(&line)
     }
 
     #[test]
