@@ -47,6 +47,14 @@ pub enum ModelError {
         /// What it should be.
         expected: usize,
     },
+    /// A table of whole numbers that contradicts `config.json`.
+    #[error("tensor {tensor} {problem}: take both from one checkpoint")]
+    Table {
+        /// Its name.
+        tensor: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// `tokenizer.json` cannot be used.
     #[error("{}: {problem}: take the tokenizer.json that was published with the weights", path.display())]
     Tokenizer {
@@ -117,6 +125,9 @@ pub enum StepError {
     /// Routed experts.
     #[error(transparent)]
     Experts(#[from] ExpertsError),
+    /// The cache of a sequence is one of another model.
+    #[error("the sequence's cache belongs to another model: begin the request again")]
+    Foreign,
     /// Nobody waits for the step any more.
     #[error("the request was cancelled")]
     Cancelled,

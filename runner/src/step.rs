@@ -9,7 +9,10 @@ use crate::{
     error::StepError,
     experts::{CallCounts, ExpertCalls, LayerCall, StepCalls},
     load::LoadCounter,
-    model::{Model, cache::Cache, v3::Chunk},
+    model::{
+        Cache, Model,
+        chunk::{Chunk, Outside, Phase},
+    },
     num::usize_of,
 };
 
@@ -57,7 +60,7 @@ pub(crate) struct StepOutput {
     pub(crate) revision: Revision,
 }
 
-/// Runs one step. `counts` is what was called, also when the step fails.
+/// Runs one step. `counts` is what was called, also when the step fails; `ended` hears of each phase.
 ///
 /// # Errors
 /// What the maths or the experts give; the caches of the parts are then unfinished.
@@ -67,10 +70,11 @@ pub(crate) fn run(
     load: &LoadCounter,
     parts: Vec<Part<'_>>,
     cancelled: &(impl Fn() -> bool + Clone + Send + 'static),
+    ended: &dyn Fn(Phase),
     counts: &mut CallCounts,
 ) -> Result<StepOutput, StepError> {
     let mut step = experts.begin()?;
-    let result = layers(model, step.as_mut(), load, parts, cancelled);
+    let result = layers(model, step.as_mut(), load, parts, cancelled, ended);
     counts.add(step.counts());
     let parts = result?;
     step.complete();
@@ -83,19 +87,22 @@ fn layers(
     load: &LoadCounter,
     parts: Vec<Part<'_>>,
     cancelled: &(impl Fn() -> bool + Clone + Send + 'static),
+    ended: &dyn Fn(Phase),
 ) -> Result<Vec<PartOutput>, StepError> {
     let wanted: Vec<(usize, Wanted)> = parts.iter().map(|part| (part.tokens.len(), part.wanted)).collect();
-    let mut chunks: Vec<Chunk<'_>> = parts
+    let chunks: Vec<Chunk<'_, Cache>> = parts
         .into_iter()
         .map(|part| Chunk { tokens: part.tokens, start: part.start, cache: part.cache, salt: part.salt })
         .collect();
     let mut outputs: Vec<PartOutput> = wanted.iter().map(|_| PartOutput::default()).collect();
-    let x = model.v3.forward(&mut chunks, &mut |call: &LayerCall<'_>| {
+    let mut start = |call: &LayerCall<'_>| {
         load.count(step.revision(), call.layer, call.experts);
         record(&wanted, &mut outputs, call);
         Ok(step.start(call)?.unless(cancelled.clone()))
-    })?;
+    };
+    let x = model.forward(chunks, &mut Outside { start: &mut start, ended })?;
     head(model, &x, &wanted, &mut outputs)?;
+    ended(Phase::Head);
     Ok(outputs)
 }
 
@@ -113,7 +120,7 @@ fn record(wanted: &[(usize, Wanted)], outputs: &mut [PartOutput], call: &LayerCa
 
 /// Logits of the wanted rows only: the output matrix is the largest of the model.
 fn head(model: &Model, x: &[f32], wanted: &[(usize, Wanted)], outputs: &mut [PartOutput]) -> Result<(), StepError> {
-    let (hidden, vocab) = (model.hidden(), model.vocab());
+    let (width, vocab) = (model.width(), model.vocab());
     let (mut picked, mut sizes, mut first) = (Vec::new(), Vec::new(), 0);
     for (tokens, wanted) in wanted {
         let rows = match wanted {
@@ -121,12 +128,12 @@ fn head(model: &Model, x: &[f32], wanted: &[(usize, Wanted)], outputs: &mut [Par
             Wanted::Last => 1,
             Wanted::Every => *tokens,
         };
-        picked.extend_from_slice(&x[(first + tokens - rows) * hidden..(first + tokens) * hidden]);
+        picked.extend_from_slice(&x[(first + tokens - rows) * width..(first + tokens) * width]);
         sizes.push(rows);
         first += tokens;
     }
     let rows = sizes.iter().sum();
-    let logits = model.v3.logits(&picked, rows)?;
+    let logits = model.logits(&picked, rows)?;
     let mut rest = logits.as_slice();
     for (rows, output) in sizes.iter().zip(outputs) {
         let (own, others) = rest.split_at(rows * vocab);

@@ -320,7 +320,16 @@ fn read_config(fields: &Fields<'_>) -> Result<Geometry, GeometryError> {
 
 fn read_format(fields: &Fields<'_>, scoring: Scoring) -> Result<WeightFormat, GeometryError> {
     let Some(quantisation) = fields.0.get("quantization_config").and_then(Value::as_object) else {
-        return Ok(WeightFormat::Bf16);
+        // Experts may be packed where nothing else is: then only this field says so.
+        return match fields.text("expert_dtype") {
+            None | Some("bf16" | "bfloat16") => Ok(WeightFormat::Bf16),
+            Some("fp4") => Ok(WeightFormat::Mxfp4),
+            Some(other) => Err(GeometryError::Invalid {
+                field: "expert_dtype".to_owned(),
+                value: format!("{other:?}"),
+                remedy: "supported without quantization_config are fp4 and bf16".to_owned(),
+            }),
+        };
     };
     let inner = Fields(quantisation);
     let invalid = |field: &str, value: String| GeometryError::Invalid {

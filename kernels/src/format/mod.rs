@@ -197,6 +197,35 @@ impl StoredMatrix {
         }
     }
 
+    /// Rows `start .. start + count` as a matrix of their own, with the same values. Stored as it is where the cut lies
+    /// between scale blocks, as `f32` where it goes through one.
+    ///
+    /// # Errors
+    /// `Invalid` if there are no such rows.
+    pub fn slice_rows(&self, start: usize, count: usize) -> Result<Self, KernelError> {
+        let end = start.checked_add(count).filter(|&end| count > 0 && end <= self.rows).ok_or_else(|| {
+            KernelError::invalid("rows", format!("{start} and {count} more are not within {}: take fewer", self.rows))
+        })?;
+        let whole =
+            |line: usize| self.format.scale_block(self.cols).is_none_or(|([block, _], _)| line.is_multiple_of(block));
+        let (Some(bytes), true) = (self.format.row_bytes(self.cols), whole(start) && (end == self.rows || whole(end)))
+        else {
+            let value = |at: usize| {
+                self.code_at(at / self.cols, at % self.cols) * self.scale_at(at / self.cols, at % self.cols)
+            };
+            let values: Vec<f32> = (start * self.cols..end * self.cols).map(value).collect();
+            return Self::from_f32(count, self.cols, &values);
+        };
+        let scales = match self.format.scale_block(self.cols) {
+            None => Vec::new(),
+            Some(([rows, cols], kind)) => {
+                let line = self.cols.div_ceil(cols) * kind.bytes();
+                self.scales[start / rows * line..end.div_ceil(rows) * line].to_vec()
+            }
+        };
+        Self::new(count, self.cols, self.format, self.data[start * bytes..end * bytes].to_vec(), scales)
+    }
+
     /// Expands the whole matrix to `f32`, row-major. For tests, small matrices and formats without a packed form.
     pub fn dequantise(&self) -> Vec<f32> {
         let mut out = Vec::with_capacity(self.rows * self.cols);
@@ -241,6 +270,21 @@ mod tests {
         assert!(StoredMatrix::new(usize::MAX, 3, StoredFormat::F32, vec![], vec![]).is_err());
         let hollow = StoredFormat::Fp8E4m3 { block: [0, 4], scale: ScaleType::F32 };
         assert!(StoredMatrix::new(2, 2, hollow, vec![0; 4], vec![]).is_err());
+    }
+
+    #[test]
+    fn rows_cut_between_and_through_scale_blocks_keep_their_values() {
+        let format = StoredFormat::Fp8E4m3 { block: [2, 3], scale: ScaleType::E8m0 };
+        let m = StoredMatrix::new(5, 4, format, (0x30..0x44).collect(), vec![127, 128, 129, 126, 125, 130]).unwrap();
+        let all = m.dequantise();
+        for (start, count, stored) in
+            [(0, 2, true), (2, 3, true), (4, 1, true), (1, 2, false), (0, 5, true), (2, 1, false)]
+        {
+            let cut = m.slice_rows(start, count).unwrap();
+            assert_eq!(cut.dequantise(), all[start * 4..(start + count) * 4]);
+            assert_eq!(cut.format() == format, stored, "{start} {count}");
+        }
+        assert!(m.slice_rows(3, 3).is_err() && m.slice_rows(0, 0).is_err() && m.slice_rows(usize::MAX, 2).is_err());
     }
 
     #[test]

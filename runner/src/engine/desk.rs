@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{EngineConfig, EngineStats, Reason, sequence::Sequence};
+use super::{EngineConfig, EngineStats, Reason, profile::Stopwatch, sequence::Sequence};
 use crate::{
     error::StepError,
     experts::{CallCounts, ExpertCalls},
@@ -152,7 +152,11 @@ impl Desk {
             .collect();
         let mut counts = CallCounts::default();
         let cancelled = move || nobody_waits();
-        let result = step::run(&self.model, self.experts.as_ref(), &self.load, parts, &cancelled, &mut counts);
+        let watch = Stopwatch::new(self.config.clock.clone());
+        let ended = |phase| watch.ended(phase);
+        let (model, load) = (&self.model, &self.load);
+        let result = step::run(model, self.experts.as_ref(), load, parts, &cancelled, &ended, &mut counts);
+        self.count(|stats| stats.times.add(&watch.times()));
         for (sequence, share) in self.running.iter_mut().zip(&shares) {
             if *share > 0 {
                 sequence.counts.add(counts);

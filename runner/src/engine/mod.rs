@@ -6,6 +6,7 @@
 //! A request whose receiver is dropped is forgotten, and its cache freed, before the next step.
 
 mod desk;
+mod profile;
 mod sequence;
 
 use std::{
@@ -21,12 +22,14 @@ use berth_runtime::Clock;
 use berth_types::Revision;
 use tokio::sync::mpsc;
 
+pub use self::profile::PhaseTimes;
 use self::{desk::Desk, sequence::Sequence};
+pub use crate::model::Phase;
 use crate::{
     experts::{CallCounts, ExpertCalls},
     load::LoadCounter,
     model::Model,
-    num::{u64_of, usize_of},
+    num::usize_of,
     step,
 };
 
@@ -162,6 +165,8 @@ pub struct EngineStats {
     pub waiting: u64,
     /// Bytes of cache reserved now.
     pub cache_bytes: u64,
+    /// Where the time of all steps went.
+    pub times: PhaseTimes,
 }
 
 /// A running engine; clones share it. It stops when the last clone is dropped.
@@ -252,7 +257,7 @@ impl Engine {
         if !step::known(model, &request.prompt_ids) {
             return Err(format!("the prompt has a token id outside the model's {}", model.vocab()));
         }
-        let bytes = u64_of(wanted).saturating_mul(model.cache_bytes_per_token());
+        let bytes = model.cache_bytes(wanted);
         if bytes > self.shared.config.cache_bytes {
             let limit = self.shared.config.cache_bytes;
             return Err(format!("{wanted} tokens need {bytes} bytes of cache, the runner has {limit}: ask for fewer"));

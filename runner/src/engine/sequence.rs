@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::{Event, Finished, Reason, Request, Trace};
 use crate::{
     experts::CallCounts,
-    model::{Model, cache::Cache, maths::argmax, tokenizer::Pieces},
+    model::{Cache, Model, maths::argmax, tokenizer::Pieces},
     num::usize_of,
     step::{PartOutput, Wanted},
 };
@@ -49,7 +49,7 @@ impl Sequence {
         let Request { prompt_ids, max_tokens, ignore_eos, trace, deadline: _ } = request;
         let sequence = Self {
             done: 0,
-            cache: model.v3.new_cache(),
+            cache: model.new_cache(prompt_ids.len().saturating_add(usize_of(max_tokens))),
             salt: salt(&prompt_ids),
             bytes,
             counts: CallCounts::default(),

@@ -29,7 +29,10 @@ impl LocalExperts {
         let mut layers = BTreeMap::new();
         for layer in model.expert_layers() {
             let pack = |expert| {
-                let stored = checkpoint.expert(layer.0, expert, model.hidden(), model.expert_width(), None)?;
+                let stored = {
+                    let (hidden, width, limit) = (model.hidden(), model.expert_width(), model.expert_limit());
+                    checkpoint.expert(layer.0, expert, hidden, width, limit)?
+                };
                 let tensor = format!("expert {expert} of layer {layer}");
                 backend.pack(&stored).map_err(|source| ModelError::Pack { tensor, source })
             };

@@ -4,7 +4,7 @@
 use serde_json::Value;
 
 use super::{ModelError, fields::Fields, rope::RopeConfig};
-use crate::num::f32_near;
+use crate::num::{f32_near, u64_of};
 
 /// A model of the V3 family. Widths are features, counts are plain numbers.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,6 +106,13 @@ impl V3Config {
             bos: known("bos_token_id", fields.tokens("bos_token_id")?)?.first().copied(),
             eos: known("eos_token_id", fields.tokens("eos_token_id")?)?,
         })
+    }
+}
+
+impl V3Config {
+    /// Bytes that attention remembers per token of a sequence: layers × (`kv_lora_rank` + `qk_rope_head_dim`) × 4.
+    pub(crate) fn cache_bytes_per_token(&self) -> u64 {
+        u64_of(self.layers * (self.attention.kv_rank + self.attention.rope.width) * size_of::<f32>())
     }
 }
 

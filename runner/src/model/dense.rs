@@ -1,5 +1,7 @@
 //! The gated feed-forward block that every token passes through (SwiGLU, arXiv 2002.05202):
 //! `down( silu(gate x) ⊙ up x )`. Dense layers are one of these, and so are a layer's shared experts together.
+//!
+//! V4 bounds both factors first, `gate ≤ L` and `-L ≤ up ≤ L` (`swiglu_limit`).
 
 use berth_kernels::Linear;
 
@@ -15,18 +17,31 @@ pub(crate) struct Dense {
     gate: Linear,
     up: Linear,
     down: Linear,
+    limit: Option<f32>,
 }
 
 impl Dense {
+    /// Names of gate, up and down in V3's checkpoints.
+    pub(crate) const V3: [&'static str; 3] = ["gate_proj", "up_proj", "down_proj"];
+    /// The same in V4's.
+    pub(crate) const V4: [&'static str; 3] = ["w1", "w3", "w2"];
+
     /// Loads the block under `prefix`.
     ///
     /// # Errors
     /// A tensor that is missing or has another shape.
-    pub(crate) fn load(source: &Source<'_>, prefix: &str, hidden: usize, width: usize) -> Result<Self, ModelError> {
+    pub(crate) fn load(
+        source: &Source<'_>,
+        prefix: &str,
+        [gate, up, down]: [&str; 3],
+        (hidden, width): (usize, usize),
+        limit: Option<f32>,
+    ) -> Result<Self, ModelError> {
         Ok(Self {
-            gate: source.linear(&format!("{prefix}.gate_proj.weight"), width, hidden)?,
-            up: source.linear(&format!("{prefix}.up_proj.weight"), width, hidden)?,
-            down: source.linear(&format!("{prefix}.down_proj.weight"), hidden, width)?,
+            gate: source.linear(&format!("{prefix}.{gate}.weight"), width, hidden)?,
+            up: source.linear(&format!("{prefix}.{up}.weight"), width, hidden)?,
+            down: source.linear(&format!("{prefix}.{down}.weight"), hidden, width)?,
+            limit,
         })
     }
 
@@ -36,7 +51,12 @@ impl Dense {
     /// Too little memory.
     pub(crate) fn forward(&self, x: &[f32], rows: usize) -> Result<Vec<f32>, StepError> {
         let mut inner = apply(&self.gate, x, rows)?;
-        for (gate, up) in inner.iter_mut().zip(apply(&self.up, x, rows)?) {
+        for (gate, mut up) in inner.iter_mut().zip(apply(&self.up, x, rows)?) {
+            if let Some(limit) = self.limit {
+                // Comparisons, not `min`: a NaN stays one.
+                *gate = if *gate > limit { limit } else { *gate };
+                up = up.clamp(-limit, limit);
+            }
             *gate = silu(*gate) * up;
         }
         apply(&self.down, &inner, rows)

@@ -30,6 +30,39 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// As [`Fields::object`], with the whole path of what is in it.
+    pub(crate) fn nested(&self, field: &str, path: &'a str) -> Result<Option<Fields<'a>>, ModelError> {
+        match self.get(field) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Fields { path, map })),
+            Some(other) => Err(wrong(&self.name(field), other, "an object")),
+        }
+    }
+
+    /// A list of texts; `None` if absent or null.
+    pub(crate) fn texts(&self, field: &str) -> Result<Option<Vec<&'a str>>, ModelError> {
+        let text = |value: &'a Value| value.as_str().ok_or_else(|| wrong(&self.name(field), value, "a list of texts"));
+        match self.get(field) {
+            None => Ok(None),
+            Some(Value::Array(list)) => list.iter().map(text).collect::<Result<_, _>>().map(Some),
+            Some(other) => Err(wrong(&self.name(field), other, "a list of texts")),
+        }
+    }
+
+    /// A list of sizes from 0 to 2^24; `None` if absent or null.
+    pub(crate) fn sizes(&self, field: &str) -> Result<Option<Vec<usize>>, ModelError> {
+        let expected = "a list of whole numbers from 0 to 16777216";
+        let size = |value: &Value| {
+            let size = value.as_u64().filter(|size| *size <= LIMIT).and_then(|size| usize::try_from(size).ok());
+            size.ok_or_else(|| wrong(&self.name(field), value, expected))
+        };
+        match self.get(field) {
+            None => Ok(None),
+            Some(Value::Array(list)) => list.iter().map(size).collect::<Result<_, _>>().map(Some),
+            Some(other) => Err(wrong(&self.name(field), other, expected)),
+        }
+    }
+
     /// A size from `least` to 2^24; `None` if absent or null.
     pub(crate) fn size_or_none(&self, field: &str, least: u64) -> Result<Option<usize>, ModelError> {
         let Some(value) = self.get(field) else { return Ok(None) };
@@ -105,7 +138,8 @@ impl<'a> Fields<'a> {
         wrong(&self.name(field), self.map.get(field).unwrap_or(&Value::Null), supported)
     }
 
-    fn missing(&self, field: &str) -> ModelError {
+    /// An error for a field that is not there.
+    pub(crate) fn missing(&self, field: &str) -> ModelError {
         ModelError::ConfigMissing { field: self.name(field) }
     }
 

@@ -57,6 +57,26 @@ pub(crate) fn softmax(scores: &mut [f32]) {
     }
 }
 
+/// Softmax of `scores` and one more score, `sink`, whose share is left out: `exp(s - max) / (Σ exp(s - max) + exp(sink - max))`.
+pub(crate) fn softmax_with_sink(scores: &mut [f32], sink: f32) {
+    let max = scores.iter().copied().fold(sink, f32::max);
+    let mut sum = 0.0_f32;
+    for score in scores.iter_mut() {
+        *score = (*score - max).exp();
+        sum += *score;
+    }
+    sum += (sink - max).exp();
+    for score in scores.iter_mut() {
+        *score /= sum;
+    }
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
 /// `x · sigmoid(x)` (arXiv 1702.03118).
 #[inline]
 pub(crate) fn silu(x: f32) -> f32 {
@@ -90,6 +110,16 @@ mod tests {
     fn ties_go_to_the_lowest_index_and_nan_is_never_chosen() {
         assert_eq!(argmax(&[0.0, 2.0, 2.0, f32::NAN]), 1);
         assert_eq!(argmax(&[f32::NAN, -1.0]), 1);
+    }
+
+    #[test]
+    fn a_sink_takes_its_share_and_gives_nothing() {
+        let mut scores = [2.0, 2.0];
+        softmax_with_sink(&mut scores, 2.0);
+        assert_eq!(scores, [1.0 / 3.0; 2]);
+        let mut scores = [500.0, -500.0];
+        softmax_with_sink(&mut scores, 1000.0);
+        assert_eq!(scores, [0.0; 2]);
     }
 
     #[test]

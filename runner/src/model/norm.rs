@@ -26,8 +26,7 @@ impl Norm {
     /// Normalises each row of `x` ([T × width]) in place.
     pub(crate) fn apply_in_place(&self, x: &mut [f32]) {
         for row in x.chunks_exact_mut(self.gain.len().max(1)) {
-            let mean = dot(row, row) / f32_of(self.gain.len());
-            let scale = 1.0 / (mean + self.epsilon).sqrt();
+            let scale = unit(row, self.epsilon);
             for (value, gain) in row.iter_mut().zip(&self.gain) {
                 *value = *gain * (*value * scale);
             }
@@ -40,6 +39,11 @@ impl Norm {
         self.apply_in_place(&mut y);
         y
     }
+}
+
+/// `1 / sqrt(mean(x²) + ε)` of one row: what it is multiplied with to have unit mean square.
+pub(crate) fn unit(row: &[f32], epsilon: f32) -> f32 {
+    1.0 / (dot(row, row) / f32_of(row.len().max(1)) + epsilon).sqrt()
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //!
 //! Pair `i` of `d` features turns by `position · f[i]`, `f[i] = θ^(-2i/d)`. Checkpoints lay pairs out either as
 //! neighbours (`2i, 2i+1`; V3, `rope_interleave`) or as halves (`i, i + d/2`). Both are written back as halves:
-//! queries and keys are only ever multiplied with each other, so the order within them is free.
+//! queries and keys are only ever multiplied with each other, so the order within them is free. V4's keys are values
+//! too: there pairs stay neighbours (`turn_neighbours`), and outputs are turned back.
 
 use super::{ModelError, fields::Fields};
 use crate::num::{f32_near, f32_of, f64_of};
@@ -65,6 +66,11 @@ impl RopeConfig {
         if theta <= 1.0 {
             return Err(config.refuse("rope_theta", "a number above 1"));
         }
+        if let Some(fields) = &parameters
+            && fields.number_or_none("partial_rotary_factor")?.is_some_and(|share| share != 1.0)
+        {
+            return Err(fields.refuse("partial_rotary_factor", "1"));
+        }
         let yarn = parameters.as_ref().map(|fields| Yarn::read(fields, context)).transpose()?.flatten();
         Ok(Self { theta, width, interleaved, yarn })
     }
@@ -80,15 +86,16 @@ impl RopeConfig {
 }
 
 impl Yarn {
-    fn read(fields: &Fields<'_>, context: usize) -> Result<Option<Self>, ModelError> {
+    /// Reads YaRN's numbers from `rope_parameters` or `rope_scaling`; `None` for the rope type `default`.
+    ///
+    /// # Errors
+    /// A rope type other than these, or a number out of range, by field.
+    pub(crate) fn read(fields: &Fields<'_>, context: usize) -> Result<Option<Self>, ModelError> {
         let (kind, field) = match (fields.text("rope_type")?, fields.text("type")?) {
             (Some(kind), _) => (kind, "rope_type"),
             (None, Some(kind)) => (kind, "type"),
             (None, None) => ("default", "rope_type"),
         };
-        if fields.number_or_none("partial_rotary_factor")?.is_some_and(|share| share != 1.0) {
-            return Err(fields.refuse("partial_rotary_factor", "1"));
-        }
         if kind == "default" {
             return Ok(None);
         }
@@ -198,6 +205,24 @@ impl Angles {
             out[i + half] = b * cos + a * sin;
         }
     }
+
+    /// Turns the pairs of neighbours at the end of `x` in place; what lies before them stays.
+    pub(crate) fn turn_neighbours(&self, x: &mut [f32]) {
+        self.turn_tail(x, 1.0);
+    }
+
+    /// The same, the other way round.
+    pub(crate) fn turn_neighbours_back(&self, x: &mut [f32]) {
+        self.turn_tail(x, -1.0);
+    }
+
+    fn turn_tail(&self, x: &mut [f32], direction: f32) {
+        let first = x.len().saturating_sub(2 * self.pairs.len());
+        for (pair, (cos, sin)) in x[first..].as_chunks_mut::<2>().0.iter_mut().zip(&self.pairs) {
+            let ([a, b], sin) = (*pair, direction * sin);
+            *pair = [a * cos - b * sin, b * cos + a * sin];
+        }
+    }
 }
 
 #[cfg(test)]
@@ -232,6 +257,20 @@ mod tests {
         Rope::new(&halves).angles(5).turn(&[0.0, 2.0, 4.0, 6.0, 1.0, 3.0, 5.0, 7.0], &mut a);
         Rope::new(&neighbours).angles(5).turn(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], &mut b);
         assert_eq!(a, b);
+    }
+
+    #[test]
+    fn turning_back_undoes_turning_and_leaves_the_head_of_a_row_alone() {
+        let angles = Rope::new(&read(&json!({"rope_theta": 100.0})).unwrap()).angles(9);
+        let row: Vec<f32> = (0..11_u8).map(f32::from).collect();
+        let mut turned = row.clone();
+        angles.turn_neighbours(&mut turned);
+        let mut halves = [0.0; 8];
+        angles.turn(&row[3..], &mut halves);
+        assert_eq!(turned[..3], row[..3]);
+        assert_eq!([turned[3], turned[5], turned[4]], [halves[0], halves[1], halves[4]]);
+        angles.turn_neighbours_back(&mut turned);
+        assert!(turned.iter().zip(&row).all(|(a, b)| (a - b).abs() < 1e-5));
     }
 
     #[test]

@@ -8,43 +8,24 @@
 //!                             x ← x + Σ wᵢ·expertᵢ(h) + shared(h)           all others (eq. 12–16)
 //! logits = head(norm x)
 //! ```
-//!
-//! Routed experts are computed elsewhere: a layer's calls are started, the shared expert is computed meanwhile, then
-//! the answers are awaited. Nothing here knows where they come from.
 
 use berth_kernels::{Linear, Router, Scoring, StoredMatrix};
 
 use super::{
-    attention::Attention,
-    cache::Cache,
+    chunk::{Chunk, Outside, Phase, Rows},
     config::V3Config,
     dense::Dense,
-    linear::{Source, apply},
+    experts::{Choice, ExpertLayer},
+    latent::{attention::Attention, cache::Cache},
+    linear::{Source, apply, embed},
     maths::add,
     norm::Norm,
     rope::Rope,
 };
 use crate::{
     error::{ModelError, StepError},
-    experts::{LayerCall, Pending},
-    num::{u32_of, usize_of},
+    num::usize_of,
 };
-
-/// Consecutive tokens of one sequence that a step computes.
-#[derive(Debug)]
-pub(crate) struct Chunk<'a> {
-    /// Their ids; at least one.
-    pub(crate) tokens: &'a [u32],
-    /// Position of the first.
-    pub(crate) start: usize,
-    /// The sequence's cache; holds the positions before `start`.
-    pub(crate) cache: &'a mut Cache,
-    /// Tells the sequence from others when replicas are chosen; the same in every batch.
-    pub(crate) salt: u64,
-}
-
-/// Starts the routed experts of one layer.
-pub(crate) type StartExperts<'a> = dyn FnMut(&LayerCall<'_>) -> Result<Pending, StepError> + 'a;
 
 /// A loaded model.
 #[derive(Debug)]
@@ -68,18 +49,7 @@ struct Layer {
 #[derive(Debug)]
 enum Feed {
     Dense(Dense),
-    Experts(Experts),
-}
-
-/// The part of an expert layer that every runner computes itself.
-#[derive(Debug)]
-struct Experts {
-    /// [experts, hidden].
-    gate: Linear,
-    /// Added to scores for choosing only.
-    bias: Vec<f32>,
-    router: Router,
-    shared: Option<Dense>,
+    Experts(ExpertLayer),
 }
 
 impl V3 {
@@ -113,28 +83,30 @@ impl V3 {
     /// Runs the chunks through all layers: the residual stream, [tokens of all chunks × hidden].
     ///
     /// # Errors
-    /// What `start` gives, and what the layers' maths gives.
+    /// What routed experts give, and what the layers' maths gives.
     pub(crate) fn forward(
         &self,
-        chunks: &mut [Chunk<'_>],
-        start: &mut StartExperts<'_>,
+        chunks: &mut [Chunk<'_, Cache>],
+        outside: &mut Outside<'_>,
     ) -> Result<Vec<f32>, StepError> {
-        let mut x = Vec::new();
-        let (mut angles, mut spread) = (Vec::new(), Vec::new());
-        for chunk in chunks.iter() {
-            for (position, token) in (chunk.start..).zip(chunk.tokens) {
-                self.embed(usize_of(*token), &mut x);
-                angles.push(self.rope.angles(position));
-                spread.push(chunk.salt.wrapping_add(crate::num::u64_of(position)));
-            }
+        let rows = Rows::of(chunks);
+        let mut x = Vec::with_capacity(rows.len() * self.config.hidden);
+        for token in &rows.tokens {
+            embed(&self.embedding, usize_of(*token), &mut x);
         }
+        let angles: Vec<_> = rows.positions.iter().map(|position| self.rope.angles(*position)).collect();
+        (outside.ended)(Phase::Embedding);
         for (index, layer) in self.layers.iter().enumerate() {
-            let attended = layer.attention.forward(index, &layer.before_attention.apply(&x), chunks, &angles)?;
+            let h = layer.before_attention.apply(&x);
+            let attended = layer.attention.forward(index, &h, chunks, &angles, outside.ended)?;
             add(&mut x, &attended);
             let h = layer.before_feed.apply(&x);
             match &layer.feed {
-                Feed::Dense(dense) => add(&mut x, &dense.forward(&h, angles.len())?),
-                Feed::Experts(experts) => add(&mut x, &experts.forward(index, &h, &spread, start)?),
+                Feed::Dense(dense) => {
+                    add(&mut x, &dense.forward(&h, rows.len())?);
+                    (outside.ended)(Phase::Dense);
+                }
+                Feed::Experts(experts) => add(&mut x, &experts.forward(index, &h, &rows, outside)?),
             }
         }
         Ok(x)
@@ -147,11 +119,6 @@ impl V3 {
     pub(crate) fn logits(&self, x: &[f32], rows: usize) -> Result<Vec<f32>, StepError> {
         apply(&self.head, &self.norm.apply(x), rows)
     }
-
-    fn embed(&self, token: usize, x: &mut Vec<f32>) {
-        let value = |col| self.embedding.code_at(token, col) * self.embedding.scale_at(token, col);
-        x.extend((0..self.config.hidden).map(value));
-    }
 }
 
 impl Layer {
@@ -162,9 +129,10 @@ impl Layer {
             Ok::<_, ModelError>(Norm::new(gain, config.epsilon))
         };
         let feed = if layer < config.dense_layers {
-            Feed::Dense(Dense::load(source, &format!("{prefix}.mlp"), config.hidden, config.dense_width)?)
+            let shape = (config.hidden, config.dense_width);
+            Feed::Dense(Dense::load(source, &format!("{prefix}.mlp"), Dense::V3, shape, None)?)
         } else {
-            Feed::Experts(Experts::load(source, &format!("{prefix}.mlp"), config)?)
+            Feed::Experts(load_experts(source, &format!("{prefix}.mlp"), config)?)
         };
         Ok(Self {
             before_attention: norm("input_layernorm")?,
@@ -175,58 +143,26 @@ impl Layer {
     }
 }
 
-impl Experts {
-    fn load(source: &Source<'_>, prefix: &str, config: &V3Config) -> Result<Self, ModelError> {
-        let shape = &config.experts;
-        let shared = match shape.shared {
-            0 => None,
-            count => {
-                let width = count * shape.width;
-                Some(Dense::load(source, &format!("{prefix}.shared_experts"), config.hidden, width)?)
-            }
-        };
-        Ok(Self {
-            gate: source.linear(&format!("{prefix}.gate.weight"), shape.routed, config.hidden)?,
-            bias: source.vector(&format!("{prefix}.gate.e_score_correction_bias"), shape.routed)?,
-            router: Router {
-                scoring: Scoring::Sigmoid,
-                top_k: shape.top_k,
-                groups: shape.groups,
-                groups_kept: shape.groups_kept,
-                renormalise: shape.renormalise,
-                scaling: shape.scaling,
-            },
-            shared,
-        })
-    }
-
-    /// Routed plus shared experts of `h` ([T × hidden]).
-    fn forward(
-        &self,
-        layer: usize,
-        h: &[f32],
-        spread: &[u64],
-        start: &mut StartExperts<'_>,
-    ) -> Result<Vec<f32>, StepError> {
-        let rows = spread.len();
-        let logits = apply(&self.gate, h, rows)?;
-        let (mut experts, mut weights) = (Vec::new(), Vec::new());
-        self.router.route(&logits, Some(&self.bias), None, &mut experts, &mut weights)?;
-        let call = LayerCall {
-            layer: berth_types::LayerId(u32_of(layer)),
-            hidden: h.len() / rows.max(1),
-            rows: h,
-            top_k: self.router.top_k,
-            experts: &experts,
-            weights: &weights,
-            spread,
-        };
-        let pending = start(&call)?;
-        let shared = self.shared.as_ref().map(|shared| shared.forward(h, rows)).transpose()?;
-        let mut out = pending.wait()?;
-        if let Some(shared) = shared {
-            add(&mut out, &shared);
+fn load_experts(source: &Source<'_>, prefix: &str, config: &V3Config) -> Result<ExpertLayer, ModelError> {
+    let shape = &config.experts;
+    let shared = match shape.shared {
+        0 => None,
+        count => {
+            let sizes = (config.hidden, count * shape.width);
+            Some(Dense::load(source, &format!("{prefix}.shared_experts"), Dense::V3, sizes, None)?)
         }
-        Ok(out)
-    }
+    };
+    Ok(ExpertLayer {
+        gate: source.linear(&format!("{prefix}.gate.weight"), shape.routed, config.hidden)?,
+        choice: Choice::Bias(source.vector(&format!("{prefix}.gate.e_score_correction_bias"), shape.routed)?),
+        router: Router {
+            scoring: Scoring::Sigmoid,
+            top_k: shape.top_k,
+            groups: shape.groups,
+            groups_kept: shape.groups_kept,
+            renormalise: shape.renormalise,
+            scaling: shape.scaling,
+        },
+        shared,
+    })
 }

@@ -18,6 +18,7 @@ fn folders() -> Vec<PathBuf> {
         Some(folder) => vec![folder.into()],
         None => vec![
             here.join("../tests/data/reference/models/v3-tiny"),
+            here.join("../tests/data/reference/models/v4-tiny"),
             here.join("tests/data/one-group-yarn"),
             here.join("tests/data/tied-grouped"),
         ],

@@ -14,17 +14,17 @@
 use berth_kernels::Linear;
 use rayon::prelude::*;
 
-use super::{
-    cache::Cache,
-    config::AttentionConfig,
-    linear::{Source, apply},
-    maths::{add_scaled, dot, softmax},
-    norm::Norm,
-    rope::Angles,
-    v3::Chunk,
-};
+use super::cache::Cache;
 use crate::{
     error::{ModelError, StepError},
+    model::{
+        chunk::{Chunk, Phase},
+        config::AttentionConfig,
+        linear::{Source, apply},
+        maths::{add_scaled, dot, softmax},
+        norm::Norm,
+        rope::Angles,
+    },
     num::{f32_near, f64_of},
 };
 
@@ -90,7 +90,8 @@ impl Attention {
     }
 
     /// Attention of the rows `x` ([T × hidden], the chunks one after another), whose keys are appended to layer
-    /// `layer` of each chunk's cache. `angles` has one entry per row.
+    /// `layer` of each chunk's cache. `angles` has one entry per row, `ended`
+    /// hears of each phase.
     ///
     /// # Errors
     /// Too little memory.
@@ -98,12 +99,14 @@ impl Attention {
         &self,
         layer: usize,
         x: &[f32],
-        chunks: &mut [Chunk<'_>],
+        chunks: &mut [Chunk<'_, Cache>],
         angles: &[Angles],
+        ended: &dyn Fn(Phase),
     ) -> Result<Vec<f32>, StepError> {
         let rows = angles.len();
         let queries = self.queries(x, rows)?;
         self.remember(layer, x, chunks, angles)?;
+        ended(Phase::Projection);
         let mut owners = Vec::with_capacity(rows);
         for chunk in chunks.iter() {
             owners.extend((chunk.start..).take(chunk.tokens.len()).map(|position| (position, &*chunk.cache)));
@@ -118,7 +121,10 @@ impl Attention {
                 self.attend(h, query, &angles[row], keys, out);
             },
         );
-        apply(&self.output, &mixed, rows)
+        ended(Phase::Attention);
+        let out = apply(&self.output, &mixed, rows)?;
+        ended(Phase::Output);
+        Ok(out)
     }
 
     /// Queries of all heads, [T × heads × (plain + rope)], not yet turned.
@@ -134,7 +140,13 @@ impl Attention {
     }
 
     /// Appends `(norm(c), rope(r))` of every row to its sequence's cache.
-    fn remember(&self, layer: usize, x: &[f32], chunks: &mut [Chunk<'_>], angles: &[Angles]) -> Result<(), StepError> {
+    fn remember(
+        &self,
+        layer: usize,
+        x: &[f32],
+        chunks: &mut [Chunk<'_, Cache>],
+        angles: &[Angles],
+    ) -> Result<(), StepError> {
         let mut latent = apply(&self.compress, x, angles.len())?;
         let width = self.shape.kv_rank + self.shape.rope.width;
         let mut turned = vec![0.0; self.shape.rope.width];
