@@ -18,6 +18,7 @@ mod probe;
 mod profile;
 mod runner;
 mod scheduler;
+mod store;
 mod verdict;
 mod worker;
 

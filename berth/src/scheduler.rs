@@ -10,7 +10,7 @@ use berth_runtime::{
 };
 use clap::Args;
 
-use crate::verdict::Verdict;
+use crate::{store::StoreArgs, verdict::Verdict};
 
 /// Keep expert placements true: one leader decides, the others wait.
 #[derive(Debug, Args)]
@@ -36,6 +36,8 @@ pub(crate) struct SchedulerArgs {
     /// Seconds that a revision may load before it is planned around the workers that are late.
     #[arg(long, env = "BERTH_LOAD_LIMIT_SECONDS", default_value_t = 60)]
     load_limit_seconds: u64,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Log filter, as EnvFilter writes it.
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
@@ -43,8 +45,17 @@ pub(crate) struct SchedulerArgs {
 
 /// Runs the scheduler until a signal.
 pub(crate) fn run(args: SchedulerArgs) -> anyhow::Result<Verdict> {
-    let SchedulerArgs { pod_name, pod_namespace, lease, listen, admin_listen, drain_seconds, load_limit_seconds, log } =
-        args;
+    let SchedulerArgs {
+        pod_name,
+        pod_namespace,
+        lease,
+        listen,
+        admin_listen,
+        drain_seconds,
+        load_limit_seconds,
+        store,
+        log,
+    } = args;
     init_logs(&log, LogFormat::detect())?;
     let lease = lease.unwrap_or_else(|| format!("{pod_namespace}/berth-scheduler"));
     let (lease_namespace, lease) = lease
@@ -61,6 +72,7 @@ pub(crate) fn run(args: SchedulerArgs) -> anyhow::Result<Verdict> {
         admin_listen,
         drain_limit,
         load_limit,
+        store: store.config()?,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

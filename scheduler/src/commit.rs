@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use berth_crds::{
-    AcceleratorNode, ExpertPlacement, ExpertPlacementStatus, LABEL_PLACEMENT, PlacementMap, PlacementMapSpec,
+    AcceleratorNode, ExpertPlacement, ExpertPlacementStatus, PlacementMap, PlacementMapSpec,
     expert_placement::Assignment, managers,
 };
 use berth_planner::{Checked, Layout, Plan};
@@ -14,14 +14,14 @@ use berth_types::{Epoch, PlacementName, Revision};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{
     Api, Client,
-    api::{ObjectMeta, Patch, PatchParams},
+    api::{Patch, PatchParams},
 };
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use crate::{
     index::to_map,
-    store::{Store, StoreError},
+    store::{self, Store, StoreError},
 };
 
 /// Longest wait for one answer.
@@ -74,8 +74,8 @@ impl CommitError {
     pub const fn as_str(&self) -> &'static str {
         match self {
             Self::Deposed(_) => "deposed",
-            Self::Store(StoreError::Exists { .. }) => "fence",
-            Self::Store(_) | Self::Transient { .. } => "transient",
+            Self::Store(error) => error.as_str(),
+            Self::Transient { .. } => "transient",
             Self::Refused { .. } => "refused",
             Self::Empty(_) | Self::Encode { .. } => "bug",
         }
@@ -179,24 +179,33 @@ impl Writer {
         let devices = layout.devices.iter().map(|entry| entry.device.clone()).collect();
         status.assignment = Some(Assignment { epoch: epoch.0, revision: revision.0, digest: digest.clone(), devices });
         self.door.placement(&name, &uid, &status).await?;
-        let deleted = self.delete(&name, revision, spare).await;
+        let deleted = self.delete(&name, &uid, revision, spare).await;
         let rest = plan.committed().rest();
         Ok(Receipt { revision, layout: layout.into(), digest, status, deleted, rest })
     }
 
     /// Deletes maps older than the previous two; one that cannot be deleted now is tried with the next plan.
-    async fn delete(&self, name: &PlacementName, newest: Revision, spare: Vec<Revision>) -> Vec<Revision> {
+    async fn delete(&self, name: &PlacementName, uid: &str, newest: Revision, spare: Vec<Revision>) -> Vec<Revision> {
         let mut deleted = Vec::new();
         for old in spare.into_iter().filter(|old| old.0.saturating_add(KEPT) < newest.0) {
             if self.fence.check().is_err() {
                 break;
             }
-            match self.store.delete(name, old).await {
+            match self.store.delete(name, uid, old).await {
                 Ok(()) => deleted.push(old),
                 Err(error) => tracing::warn!(placement = %name, revision = old.0, %error, "old map kept"),
             }
         }
         deleted
+    }
+
+    /// Deletes the maps of a placement whose object is gone.
+    ///
+    /// # Errors
+    /// [`CommitError`] when they are still there.
+    pub async fn forget(&self, name: &PlacementName, uid: &str) -> Result<(), CommitError> {
+        self.fence.check()?;
+        Ok(self.store.forget(name, uid).await?)
     }
 
     /// Writes the status of a placement.
@@ -232,21 +241,8 @@ impl Writer {
 #[must_use]
 pub fn map(name: &PlacementName, revision: Revision, epoch: Epoch, layout: &Layout) -> PlacementMap {
     let (devices, layers) = to_map(layout);
-    PlacementMap {
-        metadata: ObjectMeta {
-            namespace: Some(name.namespace().to_owned()),
-            name: Some(format!("{}-{revision}", name.name())),
-            labels: Some([(LABEL_PLACEMENT.to_owned(), name.name().to_owned())].into()),
-            ..ObjectMeta::default()
-        },
-        spec: PlacementMapSpec {
-            placement: name.name().to_owned(),
-            revision: revision.0,
-            epoch: epoch.0,
-            devices,
-            layers,
-        },
-    }
+    let placement = name.name().to_owned();
+    store::object(name, PlacementMapSpec { placement, revision: revision.0, epoch: epoch.0, devices, layers })
 }
 
 /// `sha256:<hex>` of a map's spec.

@@ -81,6 +81,8 @@ pub enum Fact {
         /// How it ended.
         outcome: Result<(), CommitError>,
     },
+    /// The maps of gone placements were deleted, but for those that are named.
+    Swept(BTreeSet<(PlacementName, String)>),
     /// A write of a node's condition ended.
     NodeWritten {
         /// The node.

@@ -33,6 +33,7 @@ use tonic::transport::Server;
 use crate::{
     metrics::SchedulerMetrics,
     reports::{Chair, Reports},
+    store::{ConfigError, StoreConfig, Stores},
     term::Office,
 };
 
@@ -56,6 +57,8 @@ pub struct Config {
     pub drain_limit: Duration,
     /// How long a revision may load before it is planned around what is late.
     pub load_limit: Duration,
+    /// Where placement maps are kept.
+    pub store: StoreConfig,
 }
 
 /// Why the scheduler ended otherwise than by being asked to.
@@ -64,6 +67,9 @@ pub enum SchedulerError {
     /// The frame or a task failed.
     #[error(transparent)]
     Part(#[from] PartError),
+    /// The store cannot be meant.
+    #[error(transparent)]
+    Store(#[from] ConfigError),
     /// Control could not be served.
     #[error("control endpoint: {0}")]
     Listen(#[source] std::io::Error),
@@ -77,7 +83,8 @@ pub enum SchedulerError {
 /// # Errors
 /// [`SchedulerError`] when it cannot start or a task fails.
 pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), SchedulerError> {
-    let Config { pod, lease_namespace, lease, listen, admin_listen, drain_limit, load_limit } = config;
+    let Config { pod, lease_namespace, lease, listen, admin_listen, drain_limit, load_limit, store } = config;
+    let stores = Stores::new(store, client.clone(), &clock)?;
     let part = PartConfig { name: "scheduler", admin_listen, drain_limit };
     let part = Part::start(part, clock.clone(), stop).await?;
     let metrics = SchedulerMetrics::register(&part.metrics);
@@ -97,9 +104,20 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopping.cancelled_owned());
     part.tasks.keep("control", serve);
 
-    let office = Office { client: client.clone(), clock, metrics, chair, ready: part.admin.check("lease"), load_limit };
-    let floor = office.floor(part.tasks.stopping()).await;
     let identity = Holder { pod, endpoint }.to_string();
+    let ready = part.admin.check("lease");
+    let client_of_office = client.clone();
+    let office = Office {
+        client: client_of_office,
+        stores,
+        identity: identity.clone(),
+        clock,
+        metrics,
+        chair,
+        ready,
+        load_limit,
+    };
+    let floor = office.floor(part.tasks.stopping()).await;
     let lease = LeaseConfig { namespace: lease_namespace, name: lease, identity, timing: Timing::default(), floor };
     let leadership = part.lead(client, lease);
     let heartbeat = part.admin.heartbeat("ring", Duration::from_secs(10));

@@ -23,7 +23,7 @@ use crate::{
     metrics::SchedulerMetrics,
     reports::{Chair, Seat},
     ring::Ring,
-    store::{ApiStore, Store, StoreError},
+    store::{Store, StoreError, Stores},
     watches,
 };
 
@@ -40,6 +40,10 @@ const CALL_LIMIT: Duration = Duration::from_secs(10);
 pub struct Office {
     /// The API server.
     pub client: Client,
+    /// Where maps are.
+    pub stores: Stores,
+    /// Who this process is: `<pod>@<ip:port>`.
+    pub identity: String,
     /// The time.
     pub clock: Clock,
     /// The metrics.
@@ -53,17 +57,30 @@ pub struct Office {
 }
 
 impl Office {
-    /// The highest epoch in any placement: no term may be numbered lower, even if the Lease was deleted.
+    /// The highest epoch in any placement and in the store: no term may be numbered lower, even if the Lease was
+    /// deleted.
     pub async fn floor(&self, stopping: &CancellationToken) -> Epoch {
+        let stored = self.stored_floor(stopping).await;
         let api: Api<ExpertPlacement> = Api::all(self.client.clone());
         while !stopping.is_cancelled() {
             match self.clock.timeout(CALL_LIMIT, api.list(&ListParams::default())).await {
                 Ok(Ok(list)) => {
                     let epochs = list.items.iter().filter_map(|object| object.status.as_ref()?.assignment.as_ref());
-                    return Epoch(epochs.map(|assignment| assignment.epoch).max().unwrap_or(0));
+                    return Epoch(epochs.map(|assignment| assignment.epoch).max().unwrap_or(0)).max(stored);
                 }
                 Ok(Err(error)) => tracing::warn!(%error, "placements not read, trying on"),
                 Err(error) => tracing::warn!(%error, "placements not read, trying on"),
+            }
+            self.clock.sleep(PAUSE).await;
+        }
+        Epoch(0)
+    }
+
+    async fn stored_floor(&self, stopping: &CancellationToken) -> Epoch {
+        while !stopping.is_cancelled() {
+            match self.stores.floor().await {
+                Ok(epoch) => return epoch,
+                Err(error) => tracing::warn!(%error, "the store's leader not read, trying on"),
             }
             self.clock.sleep(PAUSE).await;
         }
@@ -106,7 +123,7 @@ impl Office {
     /// One term, to its end.
     async fn lead(&self, term: &Term, stopping: &CancellationToken, heartbeat: &Heartbeat) {
         let ended = term.ended().child_token();
-        let store: Arc<dyn Store> = Arc::new(ApiStore::new(self.client.clone(), self.clock.clone()));
+        let store = self.stores.of_term(term.epoch(), &self.identity);
         let Some(index) = self.index(&*store, &ended, heartbeat).await else { return };
         let door = Arc::new(ApiDoor::new(self.client.clone(), self.clock.clone()));
         let writer = Writer::new(Arc::new(term.clone()), store, door);

@@ -50,6 +50,15 @@ fn values_that_nobody_reads_are_refused_by_name() {
         ("image.pullPolicy=Sometimes", "at '/image/pullPolicy': value must be one of"),
         ("image.digest=abc", "at '/image/digest': 'abc' does not match pattern"),
         ("agent.weightsRoots={srv}", "at '/agent/weightsRoots/0': 'srv' does not match pattern"),
+        ("scheduler.store.type=redis", "at '/scheduler/store/type': value must be one of 'api', 'etcd'"),
+        ("scheduler.store.type=etcd", "at '/scheduler/store/etcd/endpoints': minItems: got 0, want 1"),
+        ("scheduler.store.etcd.endpoints={etcd:2379}", "at '/scheduler/store/etcd/endpoints/0': 'etcd:2379' does not"),
+        ("scheduler.store.etcd.prefix=berth/", "at '/scheduler/store/etcd/prefix': 'berth/' does not match pattern"),
+        (
+            "scheduler.store.etcd.endpoints={https://etcd:2379}",
+            "scheduler.store.etcd.tls.secretName: https://etcd:2379",
+        ),
+        ("operator.store.type=etcd", "at '/operator': additional properties 'store' not allowed"),
         ("ipFamily=IPv5", "at '/ipFamily': value must be one of 'IPv4', 'IPv6'"),
     ];
     for (value, sentence) in cases {
@@ -99,6 +108,15 @@ fn production_values_render_as_reviewed() {
     let shown = ["templates/agent/daemonset.yaml", "templates/operator/deployment.yaml", "templates/runner/rbac.yaml"];
     args.extend(shown.iter().flat_map(|path| ["--show-only", path]));
     golden("production", &args);
+}
+
+#[test]
+fn etcd_as_store_renders_as_reviewed() {
+    let values = "scheduler.store.type=etcd,scheduler.store.etcd.endpoints={https://etcd-0.etcd:2379,https://etcd-1.etcd:2379},\
+                  scheduler.store.etcd.tls.secretName=etcd-client,scheduler.store.etcd.credentialsSecret=etcd-user";
+    golden("etcd", &["--set", values, "--show-only", "templates/scheduler/deployment.yaml"]);
+    let plain = template(&["--set", "scheduler.store.type=api"]).expect("rendered");
+    assert!(!plain.contains("BERTH_STORE"), "the default needs no word");
 }
 
 #[test]

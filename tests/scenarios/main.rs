@@ -14,4 +14,5 @@ mod lifetime;
 mod operator;
 mod ring;
 mod scheduler;
+mod store;
 mod surroundings;

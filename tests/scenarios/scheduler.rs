@@ -12,7 +12,7 @@ use berth_proto::{
     v1::{self, control_client::ControlClient},
 };
 use berth_runtime::{Clock, discovery};
-use berth_scheduler::Config;
+use berth_scheduler::{Config, store::StoreConfig};
 use berth_tests::control_plane::{ControlPlane, ControlPlaneConfig};
 use berth_types::{Admission, DeviceState, Health};
 use kube::{
@@ -32,13 +32,17 @@ use crate::{cluster::eventually, crd_rules};
 const LEASE: &str = "berth-scheduler";
 
 /// A scheduler replica in this process.
-struct Replica {
+pub(crate) struct Replica {
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
 
 impl Replica {
     fn start(pod: &str, client: Client) -> Self {
+        Self::with_store(pod, client, StoreConfig::default())
+    }
+
+    pub(crate) fn with_store(pod: &str, client: Client, store: StoreConfig) -> Self {
         let listen = "127.0.0.1:0".parse().unwrap();
         let config = Config {
             pod: pod.to_owned(),
@@ -48,27 +52,28 @@ impl Replica {
             admin_listen: listen,
             drain_limit: Duration::from_secs(10),
             load_limit: berth_scheduler::cutover::LOAD_LIMIT,
+            store,
         };
         let stop = CancellationToken::new();
         let run = berth_scheduler::run(config, client, Clock::real(), stop.clone());
         Self { stop, task: tokio::spawn(async move { run.await.unwrap() }) }
     }
 
-    async fn end(self) {
+    pub(crate) async fn end(self) {
         self.stop.cancel();
         self.task.await.unwrap();
     }
 }
 
 /// Agents that load at once whatever they are ordered, each until its token is cancelled.
-struct Agents {
-    client: Client,
-    tasks: JoinSet<()>,
+pub(crate) struct Agents {
+    pub(crate) client: Client,
+    pub(crate) tasks: JoinSet<()>,
 }
 
 impl Agents {
     /// Keeps a node's agent connected to whoever leads; the devices in `lost` are barred.
-    fn start(&mut self, node: &'static str, lost: tokio::sync::watch::Receiver<BTreeSet<String>>) {
+    pub(crate) fn start(&mut self, node: &'static str, lost: tokio::sync::watch::Receiver<BTreeSet<String>>) {
         let client = self.client.clone();
         self.tasks.spawn(async move {
             loop {
@@ -152,7 +157,7 @@ fn workers(devices: &[String], held: &BTreeMap<String, Vec<v1::Shelf>>) -> v1::W
     v1::WorkersReport { workers: devices.iter().map(worker).collect() }
 }
 
-async fn add_node(client: &Client, name: &str) {
+pub(crate) async fn add_node(client: &Client, name: &str) {
     let api: Api<AcceleratorNode> = Api::all(client.clone());
     let object = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "AcceleratorNode", "metadata": {"name": name}, "spec": {"native": true}});
     api.create(&PostParams::default(), &serde_json::from_value(object).unwrap()).await.unwrap();
@@ -160,7 +165,7 @@ async fn add_node(client: &Client, name: &str) {
     api.patch_status(name, &PatchParams::default(), &Patch::Merge(&status)).await.unwrap();
 }
 
-fn placement(name: &str) -> ExpertPlacement {
+pub(crate) fn placement(name: &str) -> ExpertPlacement {
     let geometry = json!({"layers": 4, "denseLayers": 1, "experts": 16, "topK": 4, "groups": 4, "groupsKept": 2,
                           "scoring": "sigmoid", "hidden": 64, "expertWidth": 32, "format": "bf16"});
     let object = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "ExpertPlacement",
@@ -172,7 +177,7 @@ fn placement(name: &str) -> ExpertPlacement {
 }
 
 /// Waits until the status of a placement is as wanted and gives it.
-async fn status(client: &Client, name: &str, what: &str, is: impl Fn(&Value) -> bool) -> Value {
+pub(crate) async fn status(client: &Client, name: &str, what: &str, is: impl Fn(&Value) -> bool) -> Value {
     let api: Api<ExpertPlacement> = Api::namespaced(client.clone(), "default");
     eventually(&format!("{name}: {what}"), || async {
         let live = serde_json::to_value(api.get(name).await.ok()?.status?).ok()?;
@@ -181,11 +186,11 @@ async fn status(client: &Client, name: &str, what: &str, is: impl Fn(&Value) -> 
     .await
 }
 
-fn number(status: &Value, pointer: &str) -> u64 {
+pub(crate) fn number(status: &Value, pointer: &str) -> u64 {
     status.pointer(pointer).and_then(Value::as_u64).unwrap_or(0)
 }
 
-fn is_true(conditions: &Value, kind: &str) -> bool {
+pub(crate) fn is_true(conditions: &Value, kind: &str) -> bool {
     let all = conditions.as_array().cloned().unwrap_or_default();
     all.iter().any(|condition| condition["type"] == kind && condition["status"] == "True")
 }

@@ -13,10 +13,12 @@ pub mod cluster_tool;
 pub mod control_plane;
 pub mod demo;
 mod error;
+pub mod etcd;
 pub mod process_kubelet;
 pub mod tied_process;
 
 pub use cluster_tool::ClusterTool;
 pub use control_plane::ControlPlane;
 pub use error::{Error, Result};
+pub use etcd::EtcdServer;
 pub use process_kubelet::ProcessKubelet;

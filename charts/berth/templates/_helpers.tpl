@@ -191,7 +191,8 @@ spec:
 {{- end }}
 {{- end }}
 
-{{/* A Deployment of a part that needs no hardware. "ports" and "env" are YAML texts that are added. */}}
+{{/* A Deployment of a part that needs no hardware. "ports" and "env" are YAML texts that are added, "secrets" are
+names of Secrets by the folder of /etc/berth where they are mounted. */}}
 {{- define "berth.deployment" -}}
 {{- $values := index .root.Values .component -}}
 apiVersion: apps/v1
@@ -259,6 +260,18 @@ spec:
           resources:
             {{- toYaml . | nindent 12 }}
           {{- end }}
+          {{- with .secrets }}
+          volumeMounts:
+            {{- range $folder, $_ := . }}
+            - {name: {{ $folder }}, mountPath: /etc/berth/{{ $folder }}, readOnly: true}
+            {{- end }}
+          {{- end }}
+      {{- with .secrets }}
+      volumes:
+        {{- range $folder, $secret := . }}
+        - {name: {{ $folder }}, secret: {secretName: {{ $secret }}}}
+        {{- end }}
+      {{- end }}
       topologySpreadConstraints:
         {{- with $values.topologySpreadConstraints }}
         {{- toYaml . | nindent 8 }}

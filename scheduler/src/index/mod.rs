@@ -35,6 +35,8 @@ pub struct Index {
     world: u64,
     touched: BTreeSet<PlacementName>,
     stored: BTreeMap<(PlacementName, String), BTreeMap<Revision, Stored>>,
+    /// Name and uid of placements that are gone and whose maps may be left.
+    orphans: BTreeSet<(PlacementName, String)>,
 }
 
 impl Index {
@@ -51,6 +53,7 @@ impl Index {
             world: 1,
             touched: BTreeSet::new(),
             stored: BTreeMap::new(),
+            orphans: BTreeSet::new(),
         }
     }
 
@@ -78,7 +81,9 @@ impl Index {
             }
             None => {
                 let revisions = self.stored.remove(&(name.clone(), uid)).unwrap_or_default();
-                self.placements.insert(name.clone(), Placement::new(now, object, revisions));
+                if let Some(other) = self.placements.insert(name.clone(), Placement::new(now, object, revisions)) {
+                    self.orphans.insert((name.clone(), other.uid));
+                }
                 for (conn, _) in self.runners.iter().filter(|(_, placement)| *placement == name) {
                     if let Some(placement) = self.placements.get_mut(name) {
                         placement.runner_opened(now, *conn);
@@ -91,7 +96,9 @@ impl Index {
 
     /// A placement's object is gone: what it held is free.
     pub fn placement_gone(&mut self, name: &PlacementName) {
-        if self.placements.remove(name).is_some() {
+        self.orphan(|known| known == name);
+        if let Some(gone) = self.placements.remove(name) {
+            self.orphans.insert((name.clone(), gone.uid));
             // Its bytes are free for others.
             self.world += 1;
             self.touched.insert(name.clone());
@@ -105,6 +112,19 @@ impl Index {
         for name in gone {
             self.placement_gone(&name);
         }
+        // A map that was stored, and that no placement took.
+        let others: BTreeSet<_> = self.placements.keys().cloned().collect();
+        self.orphan(|name| !names.contains(name) || others.contains(name));
+    }
+
+    fn orphan(&mut self, is: impl Fn(&PlacementName) -> bool) {
+        let gone = self.stored.extract_if(.., |(name, _), _| is(name)).map(|(key, _)| key);
+        self.orphans.extend(gone);
+    }
+
+    /// Placements (name, uid) that went since the last call.
+    pub fn take_orphans(&mut self) -> BTreeSet<(PlacementName, String)> {
+        std::mem::take(&mut self.orphans)
     }
 
     /// A node's object.

@@ -2,6 +2,7 @@
 //! Every decision is taken elsewhere; this file keeps their order.
 
 mod planning;
+mod sweeping;
 mod telling;
 
 use std::{
@@ -15,7 +16,10 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use self::telling::{NodeWritten, Written};
+use self::{
+    sweeping::Sweep,
+    telling::{NodeWritten, Written},
+};
 use crate::{
     commit::Writer,
     cutover::{LOAD_LIMIT, Next},
@@ -49,6 +53,7 @@ pub struct Ring {
     later: BTreeSet<PlacementName>,
     written: BTreeMap<PlacementName, Written>,
     nodes_written: BTreeMap<String, NodeWritten>,
+    sweep: Sweep,
 }
 
 impl Ring {
@@ -78,6 +83,7 @@ impl Ring {
             later: BTreeSet::new(),
             written: BTreeMap::new(),
             nodes_written: BTreeMap::new(),
+            sweep: Sweep::default(),
         }
     }
 
@@ -129,6 +135,7 @@ impl Ring {
         for name in std::mem::take(&mut self.later) {
             self.index.touch(&name);
         }
+        self.sweep(now);
         while self.jobs.try_join_next().is_some() {}
     }
 
@@ -169,6 +176,7 @@ impl Ring {
             }
             Fact::Committed { name, uid, outcome } => self.committed(now, &name, &uid, *outcome),
             Fact::Written { name, outcome } => self.status_written(now, &name, outcome),
+            Fact::Swept(left) => self.swept(now, left),
             Fact::NodeWritten { node, outcome } => self.node_written(now, &node, outcome),
         }
     }

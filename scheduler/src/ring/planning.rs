@@ -119,8 +119,11 @@ impl Ring {
             }
             Err(error) => {
                 tracing::warn!(placement = %name, %error, "plan not stored");
-                if let CommitError::Store(StoreError::Exists { revision, .. }) = error {
-                    placement.memory.burned = placement.memory.burned.max(revision);
+                if let CommitError::Store(StoreError::Exists { revision, .. }) = &error {
+                    placement.memory.burned = placement.memory.burned.max(*revision);
+                }
+                if let CommitError::Store(full @ (StoreError::TooLarge { .. } | StoreError::Full { .. })) = &error {
+                    placement.memory.problem = Some(full.to_string());
                 }
                 let memory = &mut placement.memory;
                 memory.stale = true;

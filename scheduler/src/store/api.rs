@@ -6,19 +6,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use berth_crds::PlacementMap;
 use berth_runtime::Clock;
-use berth_types::{PlacementName, Revision};
+use berth_types::{Bytes, PlacementName, Revision};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{
     Api, Client,
     api::{DeleteParams, ListParams, PostParams},
 };
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, placement_of};
 
 /// Longest wait for one answer; a map may be large.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// Maps per answer: each may hold a megabyte.
 const PAGE: u32 = 50;
+/// What the API server's etcd takes in one request, by its default.
+const LIMIT: Bytes = Bytes(3 << 19);
 
 /// Maps at the API server.
 #[derive(Clone)]
@@ -85,15 +87,22 @@ impl Store for ApiStore {
         match self.call("creating", api.create(&PostParams::default(), &map)).await {
             Ok(_) => Ok(()),
             Err(StoreError::Unavailable { source, .. }) if code(&*source) == Some(409) => {
-                let name = PlacementName::new(&namespace, &map.spec.placement)
-                    .map_err(|invalid| StoreError::Unavailable { action: "creating", source: invalid.into() })?;
-                Err(StoreError::Exists { name, revision: Revision(map.spec.revision) })
+                Err(StoreError::Exists { name: placement_of("creating", &map)?, revision: Revision(map.spec.revision) })
+            }
+            Err(StoreError::Unavailable { source, .. }) if is_too_large(&*source) => {
+                let bytes = serde_json::to_vec(&map).map_or(0, |text| text.len());
+                Err(StoreError::TooLarge {
+                    name: placement_of("creating", &map)?,
+                    revision: Revision(map.spec.revision),
+                    bytes: Bytes(u64::try_from(bytes).unwrap_or(u64::MAX)),
+                    limit: LIMIT,
+                })
             }
             Err(error) => Err(error),
         }
     }
 
-    async fn delete(&self, name: &PlacementName, revision: Revision) -> Result<(), StoreError> {
+    async fn delete(&self, name: &PlacementName, _: &str, revision: Revision) -> Result<(), StoreError> {
         let object = format!("{}-{revision}", name.name());
         let api = self.maps(name.namespace());
         match self.call("deleting", api.delete(&object, &DeleteParams::default())).await {
@@ -102,6 +111,11 @@ impl Store for ApiStore {
             Err(error) => Err(error),
         }
     }
+
+    /// The garbage collector follows the maps' owner; a map of that name may be another placement's by now.
+    async fn forget(&self, _: &PlacementName, _: &str) -> Result<(), StoreError> {
+        Ok(())
+    }
 }
 
 fn code(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Option<u16> {
@@ -109,4 +123,10 @@ fn code(error: &(dyn std::error::Error + Send + Sync + 'static)) -> Option<u16> 
         kube::Error::Api(status) => Some(status.code),
         _ => None,
     }
+}
+
+/// The API server's own limit (3 MiB) has a code; its etcd client's (2 MiB) and its etcd's (1.5 MiB) have words.
+fn is_too_large(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    let said = error.to_string();
+    code(error) == Some(413) || said.contains("request is too large") || said.contains("message larger than max")
 }

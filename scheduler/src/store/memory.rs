@@ -39,8 +39,19 @@ impl Store for MemoryStore {
         Ok(())
     }
 
-    async fn delete(&self, name: &PlacementName, revision: Revision) -> Result<(), StoreError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&(name.to_string(), revision.0));
+    async fn delete(&self, name: &PlacementName, owner_uid: &str, revision: Revision) -> Result<(), StoreError> {
+        let key = (name.to_string(), revision.0);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|known, (uid, _)| *known != key || uid != owner_uid);
+        Ok(())
+    }
+
+    async fn forget(&self, name: &PlacementName, owner_uid: &str) -> Result<(), StoreError> {
+        let name = name.to_string();
+        let mut maps = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        maps.retain(|(known, _), (uid, _)| *known != name || uid != owner_uid);
         Ok(())
     }
 }

@@ -119,7 +119,7 @@ impl Rig {
         let ring = Ring::new(index, Epoch(epoch), writer, clock, own, facts.clone());
         tokio::spawn(ring.run(taken, ended.clone(), || {}));
         facts.send(Fact::NodesListed(BTreeSet::new())).await.unwrap();
-        facts.send(Fact::PlacementsListed(BTreeSet::new())).await.unwrap();
+        facts.send(Fact::PlacementsListed(["models/v3-0".parse().unwrap()].into())).await.unwrap();
         Self { store, door, fence, metrics, facts, endpoint, ended }
     }
 
