@@ -53,6 +53,17 @@ pub(crate) struct OperatorArgs {
     /// Folders of the nodes that weights may lie in.
     #[arg(long, env = "BERTH_WEIGHTS_ROOTS", value_delimiter = ',')]
     weights_roots: Vec<PathBuf>,
+    /// Of these, those that runners mount by a PersistentVolumeClaim of their namespace: `<folder>=<claim>`.
+    #[arg(long, env = "BERTH_WEIGHTS_CLAIMS", value_delimiter = ',', value_parser = claim)]
+    weights_claims: Vec<(PathBuf, String)>,
+}
+
+/// `<folder>=<claim>`.
+fn claim(text: &str) -> Result<(PathBuf, String), String> {
+    match text.rsplit_once('=') {
+        Some((root, claim)) if root.starts_with('/') && !claim.is_empty() => Ok((root.into(), claim.to_owned())),
+        _ => Err(format!("{text:?}: write it as /folder=claim")),
+    }
 }
 
 /// Runs the operator until SIGTERM.
@@ -67,6 +78,7 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
         runner_service_account,
         scheduler_lease,
         weights_roots,
+        weights_claims,
     } = args;
     init_logs(&log, LogFormat::detect())?;
     let config = Config {
@@ -85,6 +97,7 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
             scheduler_lease,
             // An unset list reads as one empty folder, which would allow every path.
             roots: Roots(weights_roots.into_iter().filter(|root| root.is_absolute()).collect()),
+            claims: weights_claims.into_iter().collect(),
         },
         instance: Some(pod_name),
     };

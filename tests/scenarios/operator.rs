@@ -224,6 +224,7 @@ fn config() -> Config {
             service_account: String::new(),
             scheduler_lease: "berth/berth-scheduler".to_owned(),
             roots: Roots(vec!["/models".into()]),
+            claims: BTreeMap::new(),
         },
         instance: Some("operator".to_owned()),
     }

@@ -8,6 +8,7 @@ mod hangs;
 mod kills;
 mod many;
 mod processes;
+mod rights;
 
 use std::{
     collections::BTreeSet,
@@ -207,5 +208,6 @@ async fn the_ring_lives_through_what_happens_to_it() {
     changes::new_weights_make_a_new_instance_and_no_request_fails(&ring).await;
     changes::a_deleted_deployment_leaves_no_object_process_or_loaded_slot(&ring).await;
     many::a_hundred_deployments_under_a_full_quota_come_to_rest_and_ten_serve(&ring).await;
+    rights::parts_may_do_what_they_do_and_nothing_else(&ring).await;
     ring.cluster.end().await.expect("nothing left");
 }

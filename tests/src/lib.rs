@@ -15,6 +15,7 @@ pub mod demo;
 mod error;
 pub mod etcd;
 pub mod process_kubelet;
+pub mod rights;
 pub mod tied_process;
 
 pub use cluster_tool::ClusterTool;

@@ -1,6 +1,10 @@
 //! Step 3: the objects as they should be. Pure: the same inputs give the same objects, byte for byte.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use berth_crds::{
     ExpertPlacement, ExpertPlacementSpec, LABEL_DEPLOYMENT, LABEL_INSTANCE, LABEL_MODE, LABEL_PLACEMENT,
@@ -36,6 +40,9 @@ pub struct RunnerConfig {
     pub scheduler_lease: String,
     /// Folders of the nodes that weights may lie in.
     pub roots: Roots,
+    /// Of these, those that runners mount by a PersistentVolumeClaim of their own namespace instead of from the node:
+    /// what the restricted Pod Security Standard admits.
+    pub claims: BTreeMap<PathBuf, String>,
 }
 
 /// One instance as it should be.
@@ -196,11 +203,18 @@ fn runner(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlaceme
 
 fn pod(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement) -> serde_json::Value {
     let roots: Vec<String> = config.roots.0.iter().map(|root| root.display().to_string()).collect();
+    let claim = |root: &str| config.claims.get(Path::new(root));
     let volumes: Vec<_> = roots
         .iter()
         .enumerate()
         .map(|(index, root)| {
-            serde_json::json!({"name": format!("weights-{index}"), "hostPath": {"path": root, "type": "Directory"}})
+            let name = format!("weights-{index}");
+            match claim(root) {
+                Some(claim) => {
+                    serde_json::json!({"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": true}})
+                }
+                None => serde_json::json!({"name": name, "hostPath": {"path": root, "type": "Directory"}}),
+            }
         })
         .collect();
     let mounts: Vec<_> = roots
@@ -219,9 +233,6 @@ fn pod(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement)
         "terminationGracePeriodSeconds": 30,
         "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
                             "seccompProfile": {"type": "RuntimeDefault"}},
-        // Nodes that host have the weights; others need not.
-        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
-            {"matchExpressions": [{"key": LABEL_MODE, "operator": "In", "values": ["native"]}]}]}}},
         "tolerations": [{"key": TAINT_NATIVE, "operator": "Exists", "effect": "NoSchedule"}],
         "volumes": volumes,
         "containers": [{
@@ -241,6 +252,12 @@ fn pod(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement)
                                 "capabilities": {"drop": ["ALL"]}},
         }],
     });
+    if roots.iter().any(|root| claim(root).is_none()) {
+        // Nodes that host have the weights; others need not.
+        pod["affinity"] = serde_json::json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
+            "nodeSelectorTerms": [
+                {"matchExpressions": [{"key": LABEL_MODE, "operator": "In", "values": ["native"]}]}]}}});
+    }
     if !config.service_account.is_empty() {
         pod["serviceAccountName"] = serde_json::json!(config.service_account);
     }
@@ -292,6 +309,24 @@ mod tests {
         let Wanted { placement, runner } = prepared.wanted.remove(0);
         insta::assert_json_snapshot!("placement", placement);
         insta::assert_json_snapshot!("runner", runner);
+    }
+
+    #[test]
+    fn a_claim_takes_the_place_of_the_node_s_folder() {
+        let (found, checked) = found(&json!({}), 1);
+        let pod = |claims| {
+            let config = RunnerConfig { claims, ..config() };
+            let runner = build(&found, &checked, &config).wanted.remove(0).runner;
+            serde_json::to_value(runner.spec.unwrap().template.spec.unwrap()).unwrap()
+        };
+        let of_node = pod(BTreeMap::new());
+        assert_eq!(of_node["volumes"][0]["hostPath"]["path"], "/models");
+        assert!(of_node["affinity"].is_object(), "{of_node}");
+        let claimed = pod(BTreeMap::from([("/models".into(), "weights".to_owned())]));
+        let claim = json!({"name": "weights-0", "persistentVolumeClaim": {"claimName": "weights", "readOnly": true}});
+        assert_eq!(claimed["volumes"], json!([claim]));
+        assert_eq!(claimed["containers"][0]["volumeMounts"], of_node["containers"][0]["volumeMounts"]);
+        assert!(claimed["affinity"].is_null(), "it finds its weights on any node");
     }
 
     #[test]

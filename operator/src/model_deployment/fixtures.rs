@@ -22,6 +22,7 @@ pub(crate) fn config() -> RunnerConfig {
         service_account: String::new(),
         scheduler_lease: "berth/berth-scheduler".to_owned(),
         roots: Roots(vec!["/models".into()]),
+        claims: BTreeMap::new(),
     }
 }
 

@@ -15,6 +15,8 @@ use crate::control_plane::ControlPlaneConfig;
 use crate::process_kubelet::{KubeletConfig, SimulatedNode};
 use crate::{ControlPlane, Error, ProcessKubelet, Result};
 
+/// Claim by which runners mount the weights.
+const CLAIM: &str = "weights";
 /// Name of the ModelProfile.
 const PROFILE: &str = "demo-model";
 /// Namespace of the release.
@@ -103,6 +105,8 @@ impl Cluster {
     /// When a part does not become ready in time.
     pub async fn install(&self) -> Result<()> {
         let weights = format!("agent.weightsRoots={{{}}}", self.weights.display());
+        let claimed = format!("runner.weightsClaims[0].root={}", self.weights.display());
+        let claim = format!("runner.weightsClaims[0].claim={CLAIM}");
         let probation = format!("agent.probationSeconds={}", PROBATION.as_secs());
         let install = [
             "install",
@@ -122,6 +126,10 @@ impl Cluster {
             &weights,
             "--set",
             &probation,
+            "--set",
+            &claim,
+            "--set",
+            &claimed,
         ];
         self.plane.helm(&install).await?;
         Ok(())
@@ -155,10 +163,14 @@ impl Cluster {
     /// # Errors
     /// When the API server refuses.
     pub async fn apply_deployment(&self, name: &str, checkpoint: &Path, devices: &Value) -> Result<()> {
-        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": objects::NAMESPACE}});
+        // Runners are admitted where the restricted Pod Security Standard is enforced.
+        let labels = json!({"pod-security.kubernetes.io/enforce": "restricted"});
+        let metadata = json!({"name": objects::NAMESPACE, "labels": labels});
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata});
+        let [volume, claim] = objects::weights(CLAIM, &self.weights);
         let deployment = objects::deployment(name, PROFILE, checkpoint, devices);
-        let both = json!({"apiVersion": "v1", "kind": "List", "items": [namespace, deployment]});
-        self.plane.kubectl_with_input(&["apply", "-f", "-"], &both.to_string()).await?;
+        let all = json!({"apiVersion": "v1", "kind": "List", "items": [namespace, volume, claim, deployment]});
+        self.plane.kubectl_with_input(&["apply", "-f", "-"], &all.to_string()).await?;
         Ok(())
     }
 
@@ -219,6 +231,10 @@ impl Cluster {
     pub async fn end(self) -> Result<()> {
         let deployment = ["-n", objects::NAMESPACE, "delete", "modeldeployment", "--all", "--ignore-not-found"];
         let deleted = self.plane.kubectl(&deployment).await;
+        let claims =
+            ["-n", objects::NAMESPACE, "delete", "persistentvolumeclaim", CLAIM, "--ignore-not-found", "--wait=false"];
+        self.plane.kubectl(&claims).await?;
+        self.plane.kubectl(&["delete", "persistentvolume", CLAIM, "--ignore-not-found", "--wait=false"]).await?;
         let vanished = if deleted.is_ok() { self.nothing_is_left().await } else { Ok(()) };
         let uninstalled =
             self.plane.helm(&["uninstall", "berth", "--namespace", NAMESPACE, "--ignore-not-found", "--wait"]).await;

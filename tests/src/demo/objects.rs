@@ -35,6 +35,25 @@ pub fn deployment(name: &str, profile: &str, checkpoint: &std::path::Path, devic
     })
 }
 
+/// A volume of the nodes' folder of weights, and the claim that is bound to it.
+#[must_use]
+pub fn weights(claim: &str, folder: &std::path::Path) -> [Value; 2] {
+    let spec = json!({
+        "accessModes": ["ReadOnlyMany"], "storageClassName": "", "capacity": {"storage": "1Gi"},
+        "persistentVolumeReclaimPolicy": "Retain",
+        "hostPath": {"path": folder, "type": "Directory"},
+        "claimRef": {"namespace": NAMESPACE, "name": claim},
+    });
+    let volume = json!({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": claim}, "spec": spec});
+    let spec = json!({
+        "accessModes": ["ReadOnlyMany"], "storageClassName": "", "volumeName": claim,
+        "resources": {"requests": {"storage": "1Gi"}},
+    });
+    let metadata = json!({"name": claim, "namespace": NAMESPACE});
+    let claim = json!({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec});
+    [volume, claim]
+}
+
 /// Looks at `what` until `ready` gives something, at most `within`.
 ///
 /// # Errors

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, DownwardAPIVolumeFile, KeyToPath, Pod, Secret, ServiceAccount, ServiceAccountTokenProjection, Volume,
-    VolumeProjection,
+    ConfigMap, DownwardAPIVolumeFile, HostPathVolumeSource, KeyToPath, PersistentVolume, PersistentVolumeClaim, Pod,
+    Secret, ServiceAccount, ServiceAccountTokenProjection, Volume, VolumeProjection,
 };
 use kube::api::PostParams;
 use kube::{Api, Client};
@@ -64,6 +64,17 @@ impl Lookup {
         let api: Api<Secret> = Api::namespaced(self.client.clone(), &self.pod.namespace);
         let Some(found) = within(api.get_opt(name)).await? else { return missing("secret", name, optional) };
         Ok(found.data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.0)).collect())
+    }
+
+    /// The folder of the node behind a claim: that of the hostPath volume it is bound to.
+    pub(super) async fn claimed(&self, claim: &str) -> Result<HostPathVolumeSource, String> {
+        let claims: Api<PersistentVolumeClaim> = Api::namespaced(self.client.clone(), &self.pod.namespace);
+        let found = within(claims.get(claim)).await?;
+        let bound = found.spec.and_then(|spec| spec.volume_name).filter(|name| !name.is_empty());
+        let bound = bound.ok_or_else(|| format!("persistentvolumeclaim {claim:?} is not bound"))?;
+        let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
+        let source = within(volumes.get(&bound)).await?.spec.and_then(|spec| spec.host_path);
+        source.ok_or_else(|| format!("persistentvolume {bound:?}: only hostPath is supported by the process kubelet"))
     }
 
     /// A token of the pod's service account, bound to the pod; renewed after 80 % of its life.

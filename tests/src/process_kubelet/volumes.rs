@@ -53,7 +53,12 @@ impl Volumes {
                 let folder = self.folders.entry(volume.name.clone()).or_insert_with(|| Folder::new(path.clone()));
                 folder.write(payload).map_err(failed)?;
                 self.paths.insert(volume.name.clone(), path);
-            } else if !self.paths.contains_key(&volume.name) {
+            } else if self.paths.contains_key(&volume.name) {
+                continue;
+            } else if let Some(source) = &volume.persistent_volume_claim {
+                let source = lookup.claimed(&source.claim_name).await.map_err(failed)?;
+                self.paths.insert(volume.name.clone(), host.find(&source).map_err(failed)?);
+            } else {
                 let path = make(&self.dir, volume, host).map_err(failed)?;
                 self.paths.insert(volume.name.clone(), path);
             }
