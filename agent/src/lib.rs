@@ -213,6 +213,7 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         node: node.clone(),
         worker: worker.clone(),
         pci_devices: pci_devices.clone(),
+        snapshots: observation.snapshots.clone(),
         due,
         facts: observation.facts.clone(),
     };

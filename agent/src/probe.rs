@@ -1,15 +1,19 @@
 //! Validation of devices that may have come back: one probe process per device, one at a time, under a deadline. Its
 //! outcome is a fact for the ledger, which alone decides what it means and when a device is due.
 
-use std::{path::PathBuf, process::Stdio, time::Duration};
+use std::{path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
 use berth_runtime::Clock;
 use berth_types::{DeviceId, NodeName};
-use tokio::{process::Command, sync::mpsc};
+use tokio::{
+    process::Command,
+    sync::{mpsc, watch},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     health::fact::{Fact, Local, What},
+    node::Snapshot,
     vendor::{Facts, Seen},
     workers::WorkerConfig,
 };
@@ -28,6 +32,8 @@ pub struct Prober {
     pub worker: WorkerConfig,
     /// Where the kernel lists PCI devices.
     pub pci_devices: PathBuf,
+    /// What is known of the devices.
+    pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     /// Devices that are due.
     pub due: mpsc::Receiver<Local>,
     /// Where outcomes are told.
@@ -50,7 +56,7 @@ impl Prober {
             // Cancel-safe: a probe that is dropped is killed, and the ledger asks again after a restart.
             let outcome = tokio::select! {
                 () = stop.cancelled() => return,
-                outcome = self.probe(&device) => outcome,
+                outcome = self.probe(&device, &local) => outcome,
             };
             match &outcome {
                 Ok(()) => tracing::info!(%device, "validated"),
@@ -61,13 +67,16 @@ impl Prober {
         }
     }
 
-    async fn probe(&self, device: &DeviceId) -> Result<(), String> {
+    async fn probe(&self, device: &DeviceId, local: &str) -> Result<(), String> {
+        let snapshot = self.snapshots.borrow().clone();
+        let pci = snapshot.and_then(|snapshot| snapshot.devices.get(local)?.info.pci);
         let child = Command::new(&self.worker.program)
             .arg("probe")
             .args(["--device", device.as_str()])
             .args(["--backend", self.worker.backend])
             .arg("--pci-devices")
             .arg(&self.pci_devices)
+            .args(pci.map(|pci| format!("--pci={pci}")))
             .args(self.worker.threads.map(|threads| format!("--threads={threads}")))
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
 use crate::{
-    health::fact::{Fact, Local, What},
+    health::fact::{Fact, Local, PciAddress, What},
     metrics::Metrics,
     node::Snapshot,
     orders::Desired,
@@ -61,6 +61,8 @@ pub struct Tender {
     pub local: Local,
     /// Bytes the worker may take.
     pub memory: u64,
+    /// Its address on the bus, where that is known.
+    pub pci: Option<PciAddress>,
     /// How it is started.
     pub config: WorkerConfig,
     /// Health of the devices.
@@ -188,6 +190,9 @@ impl Tender {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true);
+        if let Some(pci) = self.pci {
+            command.args(["--pci", &pci.to_string()]);
+        }
         if let Some(threads) = self.config.threads {
             command.args(["--threads", &threads.to_string()]);
         }

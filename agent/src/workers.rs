@@ -10,7 +10,7 @@ use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    health::fact::Local,
+    health::fact::{Local, PciAddress},
     metrics::Metrics,
     node::Snapshot,
     orders::{Desired, Held, Wanted},
@@ -138,13 +138,13 @@ impl Workers {
                 }
                 due
             });
-            for (local, memory) in devices {
+            for (local, (memory, pci)) in devices {
                 if !running.contains_key(&local)
                     && let Ok(device) = DeviceId::new(&self.node, &local)
                 {
                     let ends = stop.child_token();
                     running.insert(local.clone(), ends.clone());
-                    let tender = self.tender(device.clone(), local.clone(), memory);
+                    let tender = self.tender(device.clone(), local.clone(), memory, pci);
                     let view = self.view.clone();
                     tending.spawn(async move {
                         tender.run(ends).await;
@@ -169,8 +169,8 @@ impl Workers {
         while tending.join_next().await.is_some() {}
     }
 
-    /// Devices that must have a worker, with its budget in bytes.
-    fn due(&mut self) -> BTreeMap<Local, u64> {
+    /// Devices that must have a worker, with its budget in bytes and the device's address on the bus.
+    fn due(&mut self) -> BTreeMap<Local, (u64, Option<PciAddress>)> {
         let native = self.wanted.borrow_and_update().native;
         let snapshot = self.snapshots.borrow_and_update().clone();
         let Some(snapshot) = snapshot.filter(|_| native) else { return BTreeMap::new() };
@@ -180,15 +180,16 @@ impl Workers {
         // A device nobody could ask has no memory that could be promised.
         let known = snapshot.devices.iter().filter(|(_, shown)| shown.info.memory_bytes > 0);
         let limit = self.config.memory.map_or(u64::MAX, |memory| memory.get());
-        known.map(|(local, shown)| (local.clone(), shown.info.memory_bytes.min(limit))).collect()
+        known.map(|(local, shown)| (local.clone(), (shown.info.memory_bytes.min(limit), shown.info.pci))).collect()
     }
 
-    fn tender(&self, device: DeviceId, local: Local, memory: u64) -> Tender {
+    fn tender(&self, device: DeviceId, local: Local, memory: u64, pci: Option<PciAddress>) -> Tender {
         Tender {
             clock: self.clock.clone(),
             device,
             local,
             memory,
+            pci,
             config: self.config.clone(),
             snapshots: self.snapshots.clone(),
             desired: self.desired.clone(),

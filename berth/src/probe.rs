@@ -24,6 +24,9 @@ pub(crate) struct Args {
     /// Threads, with the cpu backend; default: all cores
     #[arg(long, env = "BERTH_THREADS")]
     threads: Option<NonZeroUsize>,
+    /// Its address on the bus; default: what the device is called on its node
+    #[arg(long)]
+    pci: Option<String>,
     /// Where the kernel lists PCI devices
     #[arg(long, env = "BERTH_PCI_DEVICES", default_value = "/sys/bus/pci/devices")]
     pci_devices: PathBuf,
@@ -31,8 +34,8 @@ pub(crate) struct Args {
 
 /// Probes once.
 pub(crate) fn run(args: Args) -> anyhow::Result<Verdict> {
-    let Args { device, backend, memory, threads, pci_devices } = args;
-    let config = ProbeConfig { device, backend, memory, threads, pci_devices };
+    let Args { device, backend, memory, threads, pci, pci_devices } = args;
+    let config = ProbeConfig { device, backend, memory, threads, pci, pci_devices };
     match probe(&config) {
         Ok(validated) => {
             let line = format!(

@@ -41,6 +41,9 @@ pub(crate) struct Args {
     /// Longest time a call may take, in milliseconds
     #[arg(long, env = "BERTH_CALL_LIMIT_MS", default_value_t = 30_000)]
     call_limit_ms: u64,
+    /// Its address on the bus; default: what the device is called on its node
+    #[arg(long)]
+    pci: Option<String>,
     /// Where the kernel lists PCI devices
     #[arg(long, env = "BERTH_PCI_DEVICES", default_value = "/sys/bus/pci/devices")]
     pci_devices: PathBuf,
@@ -51,11 +54,12 @@ pub(crate) struct Args {
 
 /// Runs until the supervisor is gone or a signal comes.
 pub(crate) fn run(args: Args) -> anyhow::Result<Verdict> {
-    let Args { device, backend, listen, admin, memory, weights_roots, threads, call_limit_ms, pci_devices, log } = args;
+    let Args { device, backend, listen, admin, memory, weights_roots, threads, call_limit_ms, pci, pci_devices, log } =
+        args;
     telemetry::init_logs(&log, LogFormat::detect())?;
     let roots = Roots::new(&weights_roots).context("--weights-roots")?;
     let call_limit = Duration::from_millis(call_limit_ms);
-    let config = Config { device, backend, listen, admin, memory, roots, threads, call_limit, pci_devices };
+    let config = Config { device, backend, listen, admin, memory, roots, threads, call_limit, pci, pci_devices };
     // Two threads: one reads the network while the other answers the supervisor.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

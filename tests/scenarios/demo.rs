@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use berth_tests::demo::{self, Options, Report, nodes::Fleet};
 
 /// The simulated nodes.
-const FLEET: Fleet = Fleet::NVIDIA;
+const FLEET: Fleet = Fleet::BOTH;
 
 fn checkpoint(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
@@ -43,9 +43,11 @@ fn assert_repaired(report: &Report) {
     assert_eq!(report.fault.len(), [FLEET.nvidia, FLEET.ascend].into_iter().filter(|nodes| *nodes > 0).count());
     let drain = report.drain.as_ref().unwrap();
     assert!(drain.requests > 0 && drain.failed_requests == 0, "{drain:?}");
-    let returned = report.returned.as_ref().unwrap();
-    assert_eq!(returned.devices, report.fault[0].devices);
-    assert!(returned.used_ms >= returned.healthy_ms, "{returned:?}");
+    assert_eq!(report.returned.len(), report.fault.len());
+    for (returned, fault) in report.returned.iter().zip(&report.fault) {
+        assert_eq!(returned.devices, fault.devices);
+        assert!(returned.used_ms >= returned.healthy_ms, "{returned:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -76,6 +76,8 @@ pub struct Config {
     pub threads: Option<NonZeroUsize>,
     /// Longest time a call may take, and the time of a call that names none.
     pub call_limit: Duration,
+    /// Its address on the bus; `None` = what the device is called on its node.
+    pub pci: Option<String>,
     /// Where the kernel lists PCI devices: `/sys/bus/pci/devices`.
     pub pci_devices: PathBuf,
 }
@@ -167,7 +169,8 @@ struct Worker {
 impl Worker {
     /// Opens the backend and starts the threads that compute.
     fn open(config: Config, clock: Clock) -> Result<Self, WorkerError> {
-        let Config { device, backend, listen: _, admin: _, memory, roots, threads, call_limit, pci_devices } = config;
+        let Config { device, backend, listen: _, admin: _, memory, roots, threads, call_limit, pci, pci_devices } =
+            config;
         let backend =
             open_backend(backend, threads).map_err(|cause| WorkerError::Backend { device: device.clone(), cause })?;
         let metrics = Arc::new(Metrics::default());
@@ -178,7 +181,7 @@ impl Worker {
         let (tally, shelves) = (Arc::<Tally>::default(), published.shelves.clone());
         let door = Door { queue: Arc::clone(&queue), shelves, metrics: Arc::clone(&metrics), clock, limit: call_limit };
         let (tally_of_bench, shelves) = (Arc::clone(&tally), published.shelves.clone());
-        let presence = Arc::new(Presence::of(&device, &pci_devices));
+        let presence = Arc::new(Presence::of(pci.as_deref().unwrap_or(device.local()), &pci_devices));
         let bench = Bench { queue, shelves, backend, presence, tally: tally_of_bench, metrics: Arc::clone(&metrics) };
         bench.start(COMPUTING).map_err(|cause| WorkerError::System { doing: "starting computing threads", cause })?;
         Ok(Self { device, control, published, door, tally, metrics })

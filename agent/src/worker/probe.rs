@@ -19,6 +19,8 @@ pub struct ProbeConfig {
     pub memory: Bytes,
     /// Threads for computing on the CPU backend; `None` = as many as the process may use.
     pub threads: Option<NonZeroUsize>,
+    /// Its address on the bus; `None` = what the device is called on its node.
+    pub pci: Option<String>,
     /// Where the kernel lists PCI devices: `/sys/bus/pci/devices`.
     pub pci_devices: PathBuf,
 }
@@ -52,8 +54,8 @@ pub enum ProbeError {
 /// # Errors
 /// [`ProbeError`].
 pub fn probe(config: &ProbeConfig) -> Result<validation::Validated, ProbeError> {
-    let ProbeConfig { device, backend, memory, threads, pci_devices } = config;
-    let presence = Presence::watch(device, pci_devices);
+    let ProbeConfig { device, backend, memory, threads, pci, pci_devices } = config;
+    let presence = Presence::watch(pci.as_deref().unwrap_or(device.local()), pci_devices);
     let present = || if presence.lost() { Err(ProbeError::Lost(device.clone())) } else { Ok(()) };
     present()?;
     let backend =
@@ -75,6 +77,7 @@ mod tests {
             backend: BackendKind::Cpu,
             memory: Bytes(1 << 20),
             threads: NonZeroUsize::new(1),
+            pci: None,
             pci_devices: pci.to_owned(),
         }
     }

@@ -49,7 +49,7 @@ fn options() -> Result<Options, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
     Ok(Options {
         name: "demo".to_owned(),
-        fleet: Fleet::NVIDIA,
+        fleet: Fleet::BOTH,
         checkpoint,
         report: variable("REPORT").map_or_else(|| root.join("target/demo/report.json"), PathBuf::from),
         kubeconfig: variable("BERTH_DEMO_KUBECONFIG").map(PathBuf::from),

@@ -107,7 +107,7 @@ pub(super) async fn bring_back(cluster: &Cluster, loss: &Loss, report: &mut Repo
     progress
         .detail(&format!("{}: healthy after {healthy_ms:.0} ms, in use after {used_ms:.0} ms", listed(devices.iter())));
     let devices = devices.iter().map(ToString::to_string).collect();
-    report.returned = Some(ReturnReport { devices, healthy_ms, used_ms });
+    report.returned.push(ReturnReport { devices, healthy_ms, used_ms });
     Ok(())
 }
 

@@ -119,8 +119,8 @@ async fn serve(
     }
     progress.step("drain", "kubectl cordon: the experts of a node leave, and come back with uncordon");
     changes::drain_a_node(cluster, &runner, &long, &mut report, progress).await?;
-    if let Some(loss) = losses.first() {
-        progress.step("return", "a lost device comes back: validated, watched, used again");
+    progress.step("return", "what was lost comes back: validated, watched, used again");
+    for loss in &losses {
         changes::bring_back(cluster, loss, &mut report, progress).await?;
     }
 

@@ -22,9 +22,9 @@ pub struct Report {
     /// The node that was drained, once it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainReport>,
-    /// The devices that came back, once they did.
-    #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
-    pub returned: Option<ReturnReport>,
+    /// What came back, fault by fault.
+    #[serde(rename = "return")]
+    pub returned: Vec<ReturnReport>,
     /// Seconds per step.
     pub durations_s: BTreeMap<String, f64>,
 }

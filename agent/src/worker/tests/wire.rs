@@ -43,6 +43,7 @@ impl Worker {
             roots: Roots::new([root]).unwrap(),
             threads: NonZeroUsize::new(1),
             call_limit: LONG,
+            pci: None,
             pci_devices: root.join("pci"),
         };
         let stop = CancellationToken::new();
