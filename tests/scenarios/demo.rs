@@ -52,7 +52,7 @@ fn assert_repaired(report: &Report) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_lost_between_two_tokens_changes_no_token() {
-    let report = run("demo-test", "tests/data/reference/models/v3-tiny").await;
+    let report = run("demo-test", "tests/data/reference/models/v4-tiny").await;
     assert_repaired(&report);
     assert!(report.prompts.iter().all(|prompt| prompt.expected_ids.is_some()));
     let balancedness = report.placement.balancedness.unwrap();

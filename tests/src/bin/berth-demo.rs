@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use berth_tests::demo::{self, Options, Report, nodes::Fleet};
 
 /// Checkpoint that is shipped with the project.
-const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models/v3-tiny");
+const SHIPPED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models/v4-tiny");
 
 fn main() -> ExitCode {
     let options = match options() {
