@@ -1,24 +1,31 @@
 //! The one binary: parses arguments and opens a door. Parts are started by `berth <part>`, tools are the
 //! other subcommands. Only this file reads the environment, through clap.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 mod agent;
 mod bench;
+mod cluster;
 mod devices;
 mod fleet;
 mod generate;
+#[cfg(test)]
+mod golden;
 mod kernels;
 mod lab;
 mod operator;
 mod output;
+mod placement;
 mod probe;
 mod profile;
 mod runner;
 mod scheduler;
+mod status;
 mod store;
+mod table;
+mod top;
 mod verdict;
 mod worker;
 
@@ -59,10 +66,26 @@ enum Command {
     Scheduler(scheduler::SchedulerArgs),
     /// Write ModelProfiles: from presets, or from a checkpoint.
     Profile(profile::ProfileArgs),
+    /// What serves in a cluster, what does not, and what wants attention.
+    Status(status::StatusArgs),
+    /// Who holds how much: devices, nodes or models of a cluster.
+    Top(top::TopArgs),
+    /// Which device holds what of a placement, and what a revision changed.
+    Placement(placement::PlacementArgs),
+}
+
+impl Cli {
+    /// What was asked for. As `kubectl-berth` the binary is a plugin, and its help speaks as it was called.
+    fn read() -> Self {
+        let called = std::env::args_os().next().unwrap_or_default();
+        let name = Path::new(&called).file_stem().unwrap_or_default();
+        let command = if name == "kubectl-berth" { Self::command().bin_name("kubectl berth") } else { Self::command() };
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
 }
 
 fn main() -> ExitCode {
-    let Cli { command } = Cli::parse();
+    let Cli { command } = Cli::read();
     let outcome: anyhow::Result<Verdict> = match command {
         Command::Agent(args) => agent::run(args),
         Command::Devices(args) => devices::run(&args),
@@ -76,6 +99,9 @@ fn main() -> ExitCode {
         Command::Operator(args) => operator::run(args),
         Command::Scheduler(args) => scheduler::run(args),
         Command::Profile(args) => profile::run(args),
+        Command::Status(args) => status::run(&args),
+        Command::Top(args) => top::run(args),
+        Command::Placement(args) => placement::run(args),
     };
     verdict::exit(outcome)
 }

@@ -16,3 +16,4 @@ mod ring;
 mod scheduler;
 mod store;
 mod surroundings;
+mod views;

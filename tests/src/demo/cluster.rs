@@ -91,6 +91,18 @@ impl Cluster {
         &self.kubelet
     }
 
+    /// What it runs on.
+    #[must_use]
+    pub fn plane(&self) -> &ControlPlane {
+        &self.plane
+    }
+
+    /// The binary.
+    #[must_use]
+    pub fn berth(&self) -> &Path {
+        &self.berth
+    }
+
     /// Runs kubectl.
     ///
     /// # Errors
