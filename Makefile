@@ -12,6 +12,7 @@ demo: ## the main job: a cluster, an install, a model, a lost device, a repair
 	target/release/berth-demo
 
 test: check ## everything; ends with the test runner's summary
+	tests/images/build.sh --check
 	$(CARGO) build --locked -p berth -p berth-double-nvml -p berth-double-dcmi
 	BERTH_CHAOS_SEED=$${BERTH_CHAOS_SEED:-1} $(CARGO) test --workspace --locked --no-fail-fast --lib --bins --tests
 

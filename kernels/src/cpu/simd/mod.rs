@@ -40,18 +40,24 @@ impl Level {
     /// Every level that this processor can run.
     pub fn supported() -> Vec<Self> {
         let mut levels = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 =
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            if avx2 {
-                levels.push(Self::Avx2);
-            }
-            if avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-                levels.push(Self::Avx512);
-            }
-        }
+        levels.extend(Self::vectors());
         levels
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    const fn vectors() -> [Self; 0] {
+        []
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn vectors() -> Vec<Self> {
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        let avx512 = avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        [(avx2, Self::Avx2), (avx512, Self::Avx512)]
+            .into_iter()
+            .filter_map(|(has, level)| has.then_some(level))
+            .collect()
     }
 
     /// Rows of activations that fill this level's registers.
@@ -106,6 +112,10 @@ impl Simd {
     }
 
     /// E4M3 times the lane's scale. `nan` says that a NaN code may be among them.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "portable code decodes NaN like any code")
+    )]
     pub(crate) fn decode_e4m3(self, codes: &[u8], scale: &Lane, nan: bool, out: &mut [f32]) {
         assert_eq!(codes.len(), out.len(), "one byte a value");
         match self.0 {
