@@ -2,6 +2,7 @@
 //! loopback. A thin door: tokens are the runner's, sums are the workers'.
 
 mod logits;
+mod profile;
 mod reference;
 
 use std::{collections::BTreeSet, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
@@ -26,6 +27,7 @@ use crate::{
     output::{progress, say, say_part, write_json},
     verdict::Verdict,
 };
+use profile::Profile;
 use reference::{Case, Comparison};
 
 /// Tokens to generate when nothing says how many.
@@ -68,6 +70,9 @@ pub(crate) struct Args {
     /// Threads of each worker [default: this machine's, shared out]
     #[arg(long)]
     threads: Option<NonZeroUsize>,
+    /// Say where the steps' time went, phase by phase
+    #[arg(long)]
+    profile: bool,
     /// Write prompts, tokens and counts here as one JSON document
     #[arg(long)]
     json: Option<PathBuf>,
@@ -164,6 +169,7 @@ async fn generate(
         report.add(result);
         traces.push(trace);
     }
+    let stats = session.engine.stats();
     // Workers are let go before anything is written, so that an error there leaves none behind.
     drop(session);
     fleet.end().await?;
@@ -171,6 +177,11 @@ async fn generate(
         logits::write(path, &traces)?;
     }
     report.finish();
+    if args.profile {
+        let profile = Profile::new(stats.steps, &stats.times);
+        profile.lines().iter().try_for_each(|line| say(line))?;
+        report.profile = Some(profile);
+    }
     say(&report.summary())?;
     write_json(args.json.as_deref(), &report)?;
     Ok(Verdict::from(report.passed))
@@ -337,6 +348,8 @@ struct Report {
     calls: u64,
     refused: u64,
     retried: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<Profile>,
     passed: bool,
 }
 
@@ -351,6 +364,7 @@ impl Report {
             calls: 0,
             refused: 0,
             retried: 0,
+            profile: None,
             passed: true,
         }
     }

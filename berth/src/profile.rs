@@ -1,6 +1,8 @@
 //! `berth profile`: ModelProfiles from published presets and from a checkpoint's `config.json`. Computes
 //! what the configuration says and measures nothing; figures it cannot know it asks for.
 
+mod v4;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -79,6 +81,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
     let value: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", file.display()))?;
     let geometry = Geometry::from_config(&value).with_context(|| file.display().to_string())?;
     let fields = Fields { file: &file, value: &value };
+    let v4 = if v4::is_v4(&fields) { Some(v4::Attention::read(&fields, &geometry)?) } else { None };
     let folder = file.canonicalize().ok().and_then(|path| path.parent().map(Path::to_owned)).unwrap_or_default();
     let name = match name {
         Some(name) => name.clone(),
@@ -94,19 +97,28 @@ fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
             sources.push("nonExpertBytes: the checkpoint's safetensors less its experts".to_owned());
             all.minus(expert_bytes(&geometry))
         }
+        (None, None) if v4.is_some() => {
+            sources.push("nonExpertBytes: computed from the widths and stored formats".to_owned());
+            v4.as_ref().map_or(Ok(Bytes::ZERO), |v4| v4.non_expert_bytes(&geometry))?
+        }
         (None, None) => {
             sources.push("nonExpertBytes: computed from the widths, two bytes a weight".to_owned());
             fields.non_expert_bytes(&geometry)?
         }
     };
-    let kv_bytes_per_token = match kv_bytes_per_token {
-        Some(bytes) => *bytes,
-        None => fields.kv_bytes_per_token(&geometry, &mut sources)?,
+    let (kv_bytes_per_token, kv_fixed_bytes_per_sequence) = match (kv_bytes_per_token, &v4) {
+        (Some(bytes), _) => (*bytes, Bytes::ZERO),
+        (None, Some(v4)) => {
+            sources
+                .push("kvBytesPerToken: compressed entries and index keys, bf16; per sequence: the windows".to_owned());
+            (v4.kv_bytes_per_token(), v4.kv_fixed_bytes()?)
+        }
+        (None, None) => (fields.kv_bytes_per_token(&geometry, &mut sources)?, Bytes::ZERO),
     };
     let spec = ModelProfileSpec {
         non_expert_bytes,
         kv_bytes_per_token,
-        kv_fixed_bytes_per_sequence: Bytes::ZERO,
+        kv_fixed_bytes_per_sequence,
         context: fields.number("max_position_embeddings")?,
         geometry,
         vendor_formats: BTreeMap::new(),
@@ -142,6 +154,7 @@ fn checkpoint_bytes(folder: &Path) -> anyhow::Result<Option<Bytes>> {
 }
 
 /// The fields of a config.json, read with errors that name file and field.
+#[derive(Debug)]
 struct Fields<'a> {
     file: &'a Path,
     value: &'a Value,
@@ -164,8 +177,7 @@ impl Fields<'_> {
     }
 
     /// MLA keeps one latent and one rotary key per token and layer, in bfloat16:
-    /// (kv_lora_rank + qk_rope_head_dim) × 2 bytes × layers. For the V4 family, which compresses what it
-    /// keeps, the figure before compression is given, an upper bound.
+    /// (kv_lora_rank + qk_rope_head_dim) × 2 bytes × layers. Without either, keys and values as they are.
     fn kv_bytes_per_token(&self, geometry: &Geometry, sources: &mut Vec<String>) -> anyhow::Result<Bytes> {
         let layers = u64::from(geometry.layers);
         if let Some(latent) = self.optional("kv_lora_rank")? {

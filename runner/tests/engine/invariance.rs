@@ -1,14 +1,26 @@
 //! A sequence's tokens are its own: no batch, no chunk size, no split of prompt and generation changes a bit.
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    path::Path,
+    sync::{Arc, LazyLock},
+};
 
-use berth_runner::engine::{Reason, Request};
+use berth_runner::engine::{Engine, EngineConfig, Reason, Request};
 use proptest::prelude::*;
 
 use crate::tiny::{self, Loaded, Outcome};
 
-static MODELS: LazyLock<[Loaded; 2]> =
-    LazyLock::new(|| [tiny::random(&tiny::grouped(), 3), tiny::random(&tiny::plain(), 4)]);
+/// Two of the V3 family, three of the V4 family.
+static MODELS: LazyLock<[Loaded; 5]> = LazyLock::new(|| {
+    let stored = |folder| tiny::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(folder));
+    [
+        tiny::random(&tiny::grouped(), 3),
+        tiny::random(&tiny::plain(), 4),
+        stored("v4-first-form"),
+        stored("v4-current-form"),
+        stored("../../../tests/data/reference/models/v4-tiny"),
+    ]
+});
 
 fn alone(loaded: &Loaded, prompt: &[u32], tokens: u32, chunk: usize) -> Outcome {
     let engine = tiny::engine(&loaded.model, Arc::new(loaded.local.clone()), chunk);
@@ -16,15 +28,15 @@ fn alone(loaded: &Loaded, prompt: &[u32], tokens: u32, chunk: usize) -> Outcome 
 }
 
 fn prompt() -> impl Strategy<Value = Vec<u32>> {
-    proptest::collection::vec(0_u32..258, 1..24)
+    proptest::collection::vec(0_u32..258, 1..70)
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 40, ..ProptestConfig::default() })]
 
     /// What is decoded token by token equals, bit for bit, what one pass over prompt and continuation gives.
     #[test]
-    fn decoding_equals_recomputing(model in 0_usize..2, prompt in prompt(), tokens in 2_u32..8, chunk in 1_usize..9) {
+    fn decoding_equals_recomputing(model in 0_usize..5, prompt in prompt(), tokens in 2_u32..8, chunk in 1_usize..24) {
         let loaded = &MODELS[model];
         let decoded = alone(loaded, &prompt, tokens, chunk);
         let mut whole = prompt.clone();
@@ -36,9 +48,9 @@ proptest! {
 
     #[test]
     fn other_sequences_of_a_batch_change_nothing(
-        model in 0_usize..2,
+        model in 0_usize..5,
         prompts in proptest::collection::vec(prompt(), 2..6),
-        chunk in 1_usize..9,
+        chunk in 1_usize..24,
     ) {
         let loaded = &MODELS[model];
         let engine = tiny::engine(&loaded.model, Arc::new(loaded.local.clone()), chunk);
@@ -62,4 +74,40 @@ fn a_later_token_never_changes_an_earlier_position() {
         let long = alone(loaded, &[0, 7, 9, 200, 3], 1, 8);
         assert_eq!(short.trace[..3], long.trace[..3]);
     }
+}
+
+#[test]
+fn a_request_that_nobody_waits_for_frees_its_cache() {
+    for loaded in MODELS.iter() {
+        let engine = tiny::engine(&loaded.model, Arc::new(loaded.local.clone()), 4);
+        let request = |max_tokens| Request {
+            prompt_ids: vec![0; 40],
+            max_tokens,
+            ignore_eos: true,
+            trace: false,
+            deadline: None,
+        };
+        drop(engine.generate(request(64)));
+        // Served after the first, so what it sees is what the first left.
+        let outcome = tiny::collect(engine.generate(request(1)));
+        assert_eq!(outcome.finished.reason, Reason::Length);
+        while !engine.idle() {
+            std::thread::yield_now();
+        }
+        let stats = engine.stats();
+        assert_eq!((stats.cache_bytes, stats.sequences, stats.ended), (0, 0, 2));
+    }
+}
+
+#[test]
+fn a_request_beyond_the_cache_is_refused_with_both_figures() {
+    let loaded = &MODELS[2];
+    let bytes = loaded.model.cache_bytes(50);
+    let config = EngineConfig { cache_bytes: bytes - 1, ..EngineConfig::default() };
+    let engine = Engine::start(Arc::clone(&loaded.model), Arc::new(loaded.local.clone()), config).unwrap();
+    let request =
+        |prompt: usize| Request { prompt_ids: vec![0; prompt], max_tokens: 10, ignore_eos: true, ..Request::default() };
+    let refused = tiny::collect(engine.generate(request(40))).finished;
+    assert!(refused.error.contains(&bytes.to_string()), "{}", refused.error);
+    assert_eq!(tiny::collect(engine.generate(request(30))).finished.reason, Reason::Length);
 }

@@ -1,4 +1,4 @@
-//! The model against the published implementation, and against an independent one where that has no model.
+//! The models against the published implementation, and against an independent one where that has no model.
 
 use std::{
     collections::BTreeSet,
@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::tiny;
 
-/// The published implementation's model, and shapes it does not cover from `make_shapes.py`; or what the variable names.
+/// The published implementation's model, and shapes it does not cover (`make_shapes.py`, `make_v4_shapes.py`); or what the variable names.
 fn folders() -> Vec<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     match std::env::var_os("BERTH_TEST_MODEL") {
@@ -21,6 +21,8 @@ fn folders() -> Vec<PathBuf> {
             here.join("../tests/data/reference/models/v4-tiny"),
             here.join("tests/data/one-group-yarn"),
             here.join("tests/data/tied-grouped"),
+            here.join("tests/data/v4-first-form"),
+            here.join("tests/data/v4-current-form"),
         ],
     }
 }
