@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::Context;
-use berth_planner::bench::{Case, Manifest, Mode, Options, WindowResult, run as solve};
+use berth_planner::{
+    Effort,
+    bench::{Case, Manifest, Mode, Options, WindowResult, run as solve},
+};
 use berth_runtime::Clock;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -44,15 +47,18 @@ struct PlacementArgs {
     /// Write each case's plans here, as ID.plan.u16le.
     #[arg(long)]
     plans: Option<PathBuf>,
-    /// Threads; plans do not depend on it.
-    #[arg(long, default_value_t = 1)]
-    threads: usize,
+    /// Threads; plans do not depend on it. The machine's processors if not given.
+    #[arg(long)]
+    threads: Option<usize>,
     /// Which loads a window's plan may use: its own (oracle) or those before it (forecast).
     #[arg(long, value_enum, default_value = "oracle")]
     mode: ModeArg,
     /// Work per layer, the same on every machine.
     #[arg(long, value_enum, default_value = "default")]
-    effort: Effort,
+    effort: EffortArg,
+    /// Most replicas that may move for balance in a window, in percent of all slots; 100 = as many as pay.
+    #[arg(long, default_value_t = 6)]
+    moved_percent: u32,
     /// Write the results here as one JSON document.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -65,19 +71,18 @@ enum ModeArg {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Effort {
+enum EffortArg {
     Fast,
     Default,
     Best,
 }
 
-impl Effort {
-    /// Work units per layer.
-    const fn units(self) -> u64 {
+impl EffortArg {
+    const fn effort(self) -> Effort {
         match self {
-            Self::Fast => 20_000,
-            Self::Default => 200_000,
-            Self::Best => 5_000_000,
+            Self::Fast => Effort::FAST,
+            Self::Default => Effort::DEFAULT,
+            Self::Best => Effort::BEST,
         }
     }
 }
@@ -95,7 +100,7 @@ pub(crate) fn run(args: BenchArgs) -> anyhow::Result<Verdict> {
 }
 
 fn placement(args: &PlacementArgs) -> anyhow::Result<Verdict> {
-    let PlacementArgs { manifest, data, case, plans, threads, mode, effort, json } = args;
+    let PlacementArgs { manifest, data, case, plans, threads, mode, effort, moved_percent, json } = args;
     let text =
         std::fs::read_to_string(manifest).with_context(|| format!("reading --manifest {}", manifest.display()))?;
     let cases: Manifest =
@@ -112,7 +117,10 @@ fn placement(args: &PlacementArgs) -> anyhow::Result<Verdict> {
         ModeArg::Oracle => Mode::Oracle,
         ModeArg::Forecast => Mode::Forecast,
     };
-    let options = Options { mode, effort: effort.units(), threads: *threads };
+    let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.unwrap_or_else(processors).max(1);
+    let moved_percent = Some(*moved_percent).filter(|percent| *percent < 100);
+    let options = Options { mode, effort: effort.effort(), threads, moved_percent };
     let mut results = Vec::new();
     for case in &cases {
         let solved = solve_case(case, data, plans.as_deref(), options)?;

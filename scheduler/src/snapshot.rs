@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use berth_crds::model_deployment::Survive as Declared;
-use berth_planner::{Device, Goal, Instance, Layout, Problem, Standing, Survive};
+use berth_planner::{Device, Goal, Instance, Layout, Payback, Problem, Standing, Survive};
 use berth_types::{Bytes, DeviceId, Geometry, Health, PlacementName, Vendor};
 
 use crate::{
@@ -48,6 +48,8 @@ pub fn snapshot(
         seed: 0,
         goal: if cause == Cause::Rebalance { Goal::Rebalance { moves: None } } else { Goal::Repair },
         effort: Problem::EFFORT,
+        threads: 1,
+        payback: Payback::default(),
         instance: instance(name, placement),
         devices,
         held: placement.held().map(|layout| Layout::clone(layout)).collect(),

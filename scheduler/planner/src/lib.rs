@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod check;
 pub mod experts;
+pub mod forecast;
 pub mod gang;
 mod num;
 pub mod plan;
@@ -14,9 +15,10 @@ pub mod problem;
 mod tests;
 
 pub use check::{Finding, Rejected, check};
+pub use forecast::Forecast;
 pub use gang::{Infeasible, fits};
-pub use plan::{Checked, Committed, Decision, DeviceSlots, Layout, Plan, Proposed, diff};
-pub use problem::{Device, Goal, Instance, Problem, Standing, Survive};
+pub use plan::{Certificate, Checked, Committed, Decision, DeviceSlots, Layout, Limit, Plan, Proposed, diff};
+pub use problem::{Device, Effort, Goal, Instance, Payback, Problem, Standing, Survive};
 
 /// The plan for the problem's instance. With `previous` (the layout of its last revision) replicas stay
 /// where they may; a repair never fails for want of redundancy, it survives less and says so.
@@ -25,7 +27,7 @@ pub use problem::{Device, Goal, Instance, Problem, Standing, Survive};
 /// [`Infeasible`] with what is missing.
 pub fn solve(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Proposed>, Infeasible> {
     let gang = gang::choose(problem, previous)?;
-    let (target, makespan) = experts::place(problem, &gang, previous)?;
+    let (target, certificate) = experts::place(problem, &gang, previous)?;
     let waves = experts::order(problem, &target, previous, gang.survives.copies())?;
     let (moves, moved_bytes) = experts::moved(problem, &waves, previous);
     Ok(Plan::propose(Decision {
@@ -35,6 +37,6 @@ pub fn solve(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Propos
         survives: gang.survives,
         moves,
         moved_bytes,
-        makespan,
+        certificate,
     }))
 }

@@ -31,3 +31,25 @@ pub(crate) fn real(value: u64) -> f64 {
 pub(crate) fn real_size(value: usize) -> f64 {
     real(count(value))
 }
+
+/// `value` as a signed count, saturating.
+pub(crate) fn signed(value: usize) -> i32 {
+    i32::try_from(value).unwrap_or(i32::MAX)
+}
+
+/// The least index that is not below `value`; 0 for what is no number above 0, the largest beyond the range.
+#[expect(clippy::as_conversions, reason = "f64 to usize saturates, which is what is wanted")]
+pub(crate) fn ceil(value: f64) -> usize {
+    value.ceil() as usize
+}
+
+/// `value` as a signed number, saturating.
+pub(crate) fn whole(value: usize) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// `value` as a float, rounded beyond 2^53.
+#[expect(clippy::as_conversions, reason = "i64 to f64 has no From; rounding beyond 2^53 is intended")]
+pub(crate) fn signed_real(value: i64) -> f64 {
+    value as f64
+}

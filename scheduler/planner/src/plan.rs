@@ -96,8 +96,49 @@ pub struct Decision {
     pub moves: u64,
     /// Bytes of those replicas.
     pub moved_bytes: Bytes,
-    /// Slowest device's load ÷ speed over the ideal, mean over layers, in the last layout.
+    /// How good the last layout is, and what keeps it from being better.
+    pub certificate: Certificate,
+}
+
+/// How good a layout is. Times are load ÷ speed over the ideal, which is total load ÷ total speed; a layer
+/// without load counts 1.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Certificate {
+    /// Slowest device, mean over layers.
     pub makespan: f64,
+    /// The least that any layout reaches, mean over layers.
+    pub bound: f64,
+    /// Makespan ÷ bound − 1, mean over layers.
+    pub gap: f64,
+    /// What limits the slowest layer; `None` without load.
+    pub limit: Option<Limit>,
+}
+
+/// What limits the slowest layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Limit {
+    /// The layer.
+    pub layer: LayerId,
+    /// The expert that its slowest device spends most on.
+    pub expert: ExpertId,
+    /// Its slowest device.
+    pub makespan: f64,
+    /// What that would be with one more slot for a copy of the expert.
+    pub relieved: f64,
+}
+
+impl fmt::Display for Certificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { makespan, bound, gap, limit } = self;
+        write!(f, "slowest device at {makespan:.3} of the ideal, bound {bound:.3}, gap {:.1} %", gap * 100.0)?;
+        match limit {
+            Some(Limit { layer, expert, makespan, relieved }) if *makespan > 1.0005 => write!(
+                f,
+                "; layer {layer} limits at {makespan:.3}: expert {expert}, one more slot for it would make that {relieved:.3}"
+            ),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// A plan in state `S`.
@@ -199,11 +240,10 @@ pub fn diff(before: Option<&Layout>, after: &Layout) -> String {
 
 impl<S> fmt::Display for Plan<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Decision { name, revision, waves, survives, moves, moved_bytes, makespan } = &self.decision;
+        let Decision { name, revision, waves, survives, moves, moved_bytes, certificate } = &self.decision;
         write!(
             f,
-            "{name} revision {revision}: {moves} moves, {moved_bytes}, {} wave(s), survives {}, slowest device at \
-             {makespan:.3} of the ideal",
+            "{name} revision {revision}: {moves} moves, {moved_bytes}, {} wave(s), survives {}, {certificate}",
             waves.len(),
             survives.as_str()
         )

@@ -184,6 +184,53 @@ pub enum Goal {
     },
 }
 
+/// How much work goes into a layer: units, never time, so that plans are the same on every machine.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Effort {
+    /// Most units; one is about one exchange of replicas looked at.
+    pub units: u64,
+    /// A slowest device this close to its bound is good enough.
+    pub close: f64,
+}
+
+impl Effort {
+    /// A plan at once.
+    pub const FAST: Self = Self { units: 20_000, close: 4e-3 };
+    /// A good plan.
+    pub const DEFAULT: Self = Self { units: 400_000, close: 3e-4 };
+    /// The best that minutes of work would hardly better.
+    pub const BEST: Self = Self { units: 5_000_000, close: 2e-5 };
+}
+
+/// What moving replicas costs beside what it saves.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Payback {
+    /// Seconds for which a gain is expected to last: until the load changes again.
+    pub lasts_s: f64,
+    /// Bytes per second that a device loads.
+    pub bytes_per_s: f64,
+    /// Share of a device's throughput that is lost while it loads.
+    pub disturbance: f64,
+    /// Share of the step time that experts take.
+    pub experts: f64,
+}
+
+impl Default for Payback {
+    fn default() -> Self {
+        Self { lasts_s: 600.0, bytes_per_s: 1e9, disturbance: 0.3, experts: 0.5 }
+    }
+}
+
+impl Payback {
+    /// What one moved byte costs, as a share of the time that experts take: `devices` load side by side for
+    /// 1 ÷ (devices × rate) seconds, losing `disturbance` of their work, and the gain lasts `lasts_s`.
+    #[must_use]
+    pub fn price(&self, devices: usize) -> f64 {
+        let seconds = 1.0 / (self.bytes_per_s.max(1.0) * num::real_size(devices.max(1)));
+        self.disturbance.max(0.0) * seconds / (self.lasts_s.max(1e-3) * self.experts.clamp(1e-3, 1.0))
+    }
+}
+
 /// Everything known when a plan is made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
@@ -193,8 +240,12 @@ pub struct Problem {
     pub seed: u64,
     /// What the plan should achieve.
     pub goal: Goal,
-    /// Work units per layer for improvement.
-    pub effort: u64,
+    /// Work for each layer.
+    pub effort: Effort,
+    /// Threads; plans do not depend on it.
+    pub threads: usize,
+    /// What moving costs.
+    pub payback: Payback,
     /// What to place.
     pub instance: Instance,
     /// All devices that the scheduler knows, in order of their ids.
@@ -204,6 +255,6 @@ pub struct Problem {
 }
 
 impl Problem {
-    /// Work units that a plan gets unless the caller says otherwise.
-    pub const EFFORT: u64 = 200_000;
+    /// What a plan gets unless the caller says otherwise.
+    pub const EFFORT: Effort = Effort::DEFAULT;
 }

@@ -1,9 +1,16 @@
-//! Which expert is in which slot, layer by layer, and the order of moves. Chooses no devices: those come
-//! from `gang`.
+//! Which expert is in which slot, all layers together, and the order of moves. Chooses no devices: those
+//! come from `gang`.
 
+mod arrange;
 mod board;
-mod improve;
-pub mod layer;
+mod construct;
+mod dice;
+mod fleet;
+mod layer;
+mod pairs;
+mod repair;
+mod replan;
+mod search;
 mod waves;
 
 use std::collections::BTreeMap;
@@ -13,91 +20,114 @@ use berth_types::{ExpertId, LayerId};
 use crate::{
     gang::{Gang, Infeasible},
     num,
-    plan::{DeviceSlots, Layout},
+    plan::{Certificate, DeviceSlots, Layout, Limit},
     problem::{Device, Goal, Problem, Survive},
 };
 
-pub use layer::{LayerProblem, LayerShort, Site, solve_layer};
+pub use arrange::{Arranged, Short, Task, arrange};
+pub use fleet::{Fleet, Site};
+pub use layer::Duty;
+pub use repair::Rows;
+pub use replan::Budget;
 pub(crate) use waves::{moved, order};
 
-/// Least relative gain of the slowest device, mean over layers, for which replicas are moved.
-pub const LEAST_GAIN: f64 = 0.03;
+/// Least gain after costs, as a share of the step time, for which replicas are moved.
+pub const LEAST_GAIN: f64 = 0.01;
 
-/// The layout of all layers on the gang's devices, and its makespan (mean over layers).
+/// The layout of all layers on the gang's devices, and how good it is.
 ///
 /// # Errors
-/// [`Infeasible::Arrangement`] naming the layer.
-pub(crate) fn place(problem: &Problem, gang: &Gang, previous: Option<&Layout>) -> Result<(Layout, f64), Infeasible> {
-    let devices: Vec<(&Device, usize)> =
-        gang.members.iter().filter_map(|(index, slots)| Some((problem.devices.get(*index)?, *slots))).collect();
-    let sites = sites(&devices, gang.survives);
-    let (kept, before) = place_layers(problem, gang, &devices, &sites, previous, Goal::Repair)?;
-    let Goal::Rebalance { .. } = problem.goal else { return Ok((kept, before)) };
-    let (moved, after) = place_layers(problem, gang, &devices, &sites, previous, problem.goal)?;
-    // A re-plan must pay back: without a gain that shows, nothing moves.
-    if after < before * (1.0 - LEAST_GAIN) { Ok((moved, after)) } else { Ok((kept, before)) }
-}
-
-fn place_layers(
+/// [`Infeasible::Arrangement`] naming the first layer.
+pub(crate) fn place(
     problem: &Problem,
     gang: &Gang,
-    devices: &[(&Device, usize)],
-    sites: &[Site],
     previous: Option<&Layout>,
-    goal: Goal,
-) -> Result<(Layout, f64), Infeasible> {
-    let geometry = &problem.instance.geometry;
-    let experts = num::index(geometry.experts);
-    let old: Vec<_> = devices.iter().map(|(device, _)| previous.map(|layout| layout.slots_of(&device.id))).collect();
-    let moves = match goal {
-        Goal::Repair => Some(0),
-        Goal::Rebalance { moves } => moves.map(|moves| num::index(moves) / num::index(geometry.expert_layers().max(1))),
+) -> Result<(Layout, Certificate), Infeasible> {
+    let devices: Vec<(&Device, usize)> =
+        gang.members.iter().filter_map(|(index, slots)| Some((problem.devices.get(*index)?, *slots))).collect();
+    let fleet = Fleet::new(&sites(problem, &devices, gang.survives));
+    let layers: Vec<LayerId> = problem.instance.geometry.expert_layer_ids().collect();
+    let loads: Vec<Vec<f64>> = layers.iter().map(|layer| loads(problem, *layer)).collect();
+    let old = previous.map(|previous| layers.iter().map(|layer| rows(&devices, previous, *layer)).collect::<Vec<_>>());
+    let task = Task {
+        fleet: &fleet,
+        duty: Duty { copies: gang.survives.copies(), apart: gang.survives > Survive::Device },
+        loads: &loads,
+        previous: old.as_deref(),
+        budget: budget(problem, devices.len()),
+        effort: problem.effort,
+        threads: problem.threads,
     };
-    let mut layers = BTreeMap::new();
-    let mut spans = 0.0;
-    for layer in geometry.expert_layer_ids() {
-        let input = LayerProblem {
-            experts,
-            loads: loads(problem, layer, experts),
-            sites,
-            copies: gang.survives.copies(),
-            previous: previous.is_some().then(|| {
-                let row = |slots: &Option<BTreeMap<LayerId, Vec<Option<ExpertId>>>>| {
-                    let row = slots.as_ref().and_then(|slots| slots.get(&layer));
-                    row.into_iter().flatten().map(|slot| slot.map(|expert| num::index(expert.0))).collect()
-                };
-                old.iter().map(row).collect()
-            }),
-            moves,
-            effort: problem.effort,
-        };
-        let solved = solve_layer(&input).map_err(|short| Infeasible::Arrangement {
-            layer: layer.0,
-            devices: sites.len(),
-            why: short.to_string(),
-        })?;
-        spans += solved.makespan;
-        let row = solved.rows.into_iter().flatten().map(|slot| slot.map(|expert| ExpertId(num::small(expert))));
-        layers.insert(layer, row.collect());
-    }
+    let arranged = arrange(&task).map_err(|short| Infeasible::Arrangement {
+        layer: layers.first().map_or(0, |layer| layer.0),
+        devices: devices.len(),
+        why: short.to_string(),
+    })?;
+    let certificate = certify(&layers, &arranged);
     let slots =
         devices.iter().map(|(device, slots)| DeviceSlots { device: device.id.clone(), slots: num::small(*slots) });
-    let layout = Layout { devices: slots.collect(), layers };
-    Ok((layout, spans / f64::from(geometry.expert_layers().max(1))))
+    let row = |arranged: Arranged| {
+        let slots = arranged.rows.into_iter().flatten();
+        slots.map(|slot| slot.map(|expert| ExpertId(num::small(expert)))).collect()
+    };
+    let layout =
+        Layout { devices: slots.collect(), layers: layers.into_iter().zip(arranged.into_iter().map(row)).collect() };
+    Ok((layout, certificate))
 }
 
-/// Tokens by expert of one layer; without a record every expert counts one.
-fn loads(problem: &Problem, layer: LayerId, experts: usize) -> Vec<f64> {
-    match problem.instance.loads.get(&layer) {
-        Some(tokens) if tokens.iter().any(|count| *count > 0) => {
-            (0..experts).map(|expert| num::real(tokens.get(expert).copied().unwrap_or(0))).collect()
-        }
-        _ => vec![1.0; experts],
+/// What may move for balance.
+fn budget(problem: &Problem, devices: usize) -> Budget {
+    match problem.goal {
+        Goal::Repair => Budget::NONE,
+        Goal::Rebalance { moves } => Budget {
+            moves: moves.map(num::index),
+            bytes: None,
+            price: problem.payback.price(devices),
+            least: LEAST_GAIN,
+        },
     }
+}
+
+fn certify(layers: &[LayerId], arranged: &[Arranged]) -> Certificate {
+    let mean = |of: fn(&Arranged) -> f64| arranged.iter().map(of).sum::<f64>() / num::real_size(arranged.len().max(1));
+    let gap = |arranged: &Arranged| arranged.makespan / arranged.bound - 1.0;
+    let worst = layers
+        .iter()
+        .zip(arranged)
+        .max_by(|(one, first), (other, second)| first.makespan.total_cmp(&second.makespan).then(other.cmp(one)));
+    let limit = worst.and_then(|(layer, arranged)| {
+        let (expert, relieved) = arranged.limit?;
+        Some(Limit { layer: *layer, expert: ExpertId(num::small(expert)), makespan: arranged.makespan, relieved })
+    });
+    Certificate {
+        makespan: mean(|arranged| arranged.makespan),
+        bound: mean(|arranged| arranged.bound),
+        gap: arranged.iter().map(gap).sum::<f64>() / num::real_size(arranged.len().max(1)),
+        limit,
+    }
+}
+
+/// Tokens by expert of one layer; all zero without a record.
+fn loads(problem: &Problem, layer: LayerId) -> Vec<f64> {
+    let tokens = problem.instance.loads.get(&layer).map(Vec::as_slice).unwrap_or_default();
+    let experts = num::index(problem.instance.geometry.experts);
+    (0..experts).map(|expert| num::real(tokens.get(expert).copied().unwrap_or(0))).collect()
+}
+
+/// What the slots of `devices` held in one layer.
+fn rows(devices: &[(&Device, usize)], previous: &Layout, layer: LayerId) -> Rows {
+    let row = previous.layers.get(&layer).map(Vec::as_slice).unwrap_or_default();
+    let ranges: BTreeMap<_, _> = previous.ranges().collect();
+    let held = |device: &Device| {
+        let range = ranges.get(&device.id).cloned().unwrap_or_default();
+        let slots = row.get(range).unwrap_or_default().iter();
+        slots.map(|slot| slot.map(|expert| num::index(expert.0))).collect()
+    };
+    devices.iter().map(|(device, _)| held(device)).collect()
 }
 
 /// The devices as a layer sees them: failure domains become numbers.
-fn sites(devices: &[(&Device, usize)], level: Survive) -> Vec<Site> {
+fn sites(problem: &Problem, devices: &[(&Device, usize)], level: Survive) -> Vec<Site> {
     let numbered = |name: &dyn Fn(&Device) -> String| {
         let mut numbers = BTreeMap::new();
         let names: Vec<_> = devices.iter().map(|(device, _)| name(device)).collect();
@@ -107,22 +137,17 @@ fn sites(devices: &[(&Device, usize)], level: Survive) -> Vec<Site> {
         }
         names.iter().map(|name| numbers.get(name).copied().unwrap_or(0)).collect::<Vec<_>>()
     };
-    let domains = numbered(&|device| device.failure_domain(level).to_owned());
     let nodes = numbered(&|device| device.failure_domain(level.max(Survive::Node)).to_owned());
     let cards = numbered(&|device| match device.card.as_str() {
         "" => device.id.to_string(),
         card => format!("{} card {card}", device.id.node()),
     });
-    let numbers = domains.into_iter().zip(nodes).zip(cards);
-    devices
-        .iter()
-        .zip(numbers)
-        .map(|((device, slots), ((domain, node), card))| Site {
-            slots: *slots,
-            speed: device.speed,
-            domain,
-            node,
-            card,
-        })
-        .collect()
+    let site = |((device, slots), (node, card)): (&(&Device, usize), (usize, usize))| Site {
+        slots: *slots,
+        speed: device.speed,
+        node,
+        card,
+        bytes: problem.instance.expert_bytes(device.vendor).get(),
+    };
+    devices.iter().zip(nodes.into_iter().zip(cards)).map(site).collect()
 }

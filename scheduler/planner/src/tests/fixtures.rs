@@ -48,6 +48,8 @@ pub(super) fn problem(experts: u32, devices: Vec<Device>) -> Problem {
         seed: 0,
         goal: Goal::Repair,
         effort: Problem::EFFORT,
+        threads: 1,
+        payback: crate::Payback::default(),
         instance: Instance {
             name: "models/v3-0".parse().unwrap(),
             revision: Revision(1),

@@ -1,0 +1,172 @@
+//! All layers of one instance: from nothing each by itself, from a previous layout within one budget for
+//! all. The same on any number of threads, for layers are solved apart and put together in order.
+
+use std::sync::{
+    Mutex, PoisonError,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use super::{
+    board::Board,
+    fleet::Fleet,
+    layer::{self, Duty},
+    repair::{self, Rows},
+    replan::{self, Budget, Track},
+};
+use crate::{num, problem::Effort};
+
+/// All layers, to be filled.
+#[derive(Clone, Copy, Debug)]
+pub struct Task<'a> {
+    /// The devices.
+    pub fleet: &'a Fleet,
+    /// What every layer must keep.
+    pub duty: Duty,
+    /// Tokens by layer and expert. A layer without any load, or with a number that is none, is placed as if
+    /// evenly loaded, and keeps what it has.
+    pub loads: &'a [Vec<f64>],
+    /// By layer and device, what slots held before; `None` = a first placement.
+    pub previous: Option<&'a [Rows]>,
+    /// What may move for balance.
+    pub budget: Budget,
+    /// Work for each layer.
+    pub effort: Effort,
+    /// Threads.
+    pub threads: usize,
+}
+
+/// A filled layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Arranged {
+    /// By device, the expert in each slot.
+    pub rows: Rows,
+    /// Slowest device's load ÷ speed over the ideal; 1 without load.
+    pub makespan: f64,
+    /// The least that it could be, whatever the layout.
+    pub bound: f64,
+    /// The expert that the slowest device spends most on, and what the makespan would be if one more slot
+    /// took a copy of it.
+    pub limit: Option<(usize, f64)>,
+}
+
+/// Why a layer cannot be filled.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{needed} slots are needed and {room} count: {short} short")]
+pub struct Short {
+    /// Required copies over all experts.
+    pub needed: usize,
+    /// Slots that can hold one of them.
+    pub room: usize,
+    /// The difference.
+    pub short: usize,
+}
+
+/// Work that a repair spends on balance in each layer: what was lost comes first, calm comes later.
+const REPAIR_EFFORT: u64 = 30_000;
+
+/// Fills all layers.
+///
+/// # Errors
+/// [`Short`] when the required copies do not fit; every other input gives valid layers.
+pub fn arrange(task: &Task<'_>) -> Result<Vec<Arranged>, Short> {
+    let Duty { copies, apart } = task.duty;
+    let experts = task.loads.iter().map(Vec::len).max().unwrap_or(0);
+    let (needed, room) = (experts * copies, task.fleet.room(experts, copies, apart));
+    if room < needed {
+        return Err(Short { needed, room, short: needed - room });
+    }
+    let loads: Vec<(Vec<f64>, bool)> = task.loads.iter().map(|loads| normal(task.fleet, loads)).collect();
+    let Some(previous) = task.previous else {
+        let boards = each(task.threads, &loads, |_, (loads, _)| first(task, loads));
+        return Ok(boards.iter().zip(&loads).map(|(board, (_, known))| finish(board, *known, None)).collect());
+    };
+    let mut tracks = each(task.threads, &loads, |layer, (loads, _)| start(task, loads, previous.get(layer)));
+    if task.budget.moves != Some(0) {
+        balance(task, &mut tracks, &loads);
+    }
+    let finished = tracks.iter().zip(&loads).enumerate();
+    Ok(finished.map(|(layer, (track, (_, known)))| finish(&track.board, *known, previous.get(layer))).collect())
+}
+
+/// Loads in units of the ideal time, and whether they say anything.
+fn normal(fleet: &Fleet, loads: &[f64]) -> (Vec<f64>, bool) {
+    let known = loads.iter().all(|load| load.is_finite() && *load >= 0.0) && loads.iter().sum::<f64>() > 0.0;
+    let even = vec![1.0; loads.len()];
+    let loads = if known { loads } else { &even };
+    let ideal = fleet.ideal(loads).max(f64::MIN_POSITIVE);
+    (loads.iter().map(|load| load / ideal).collect(), known)
+}
+
+fn first<'a>(task: &Task<'a>, loads: &'a [f64]) -> Board<'a> {
+    layer::fresh(task.fleet, loads, task.duty, task.effort)
+}
+
+/// A layer as it was, with what it must get. Where that cannot be had by adding, it is planned from nothing.
+fn start<'a>(task: &Task<'a>, loads: &'a [f64], previous: Option<&Rows>) -> Track<'a> {
+    let Duty { copies, apart } = task.duty;
+    let mut board = Board::new(task.fleet, loads);
+    repair::keep(&mut board, previous.map(Vec::as_slice).unwrap_or_default());
+    let before = board.held();
+    let missing = !repair::repair(&mut board, copies, apart);
+    if missing {
+        board = first(task, loads);
+    } else {
+        repair::scatter(&mut board, copies);
+        repair::fill(&mut board);
+    }
+    board.weigh();
+    Track::new(board, before, task.duty)
+}
+
+/// Moves what pays, within the budget.
+fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, bool)]) {
+    let repaired: usize = tracks.iter().map(Track::moved).sum();
+    let above: f64 = tracks.iter().map(|track| track.slack(task.fleet)).sum();
+    if above / num::real_size(tracks.len().max(1)) <= task.budget.least {
+        return;
+    }
+    let share = task.budget.moves.map_or(usize::MAX, |moves| (moves / tracks.len().max(1)).saturating_mul(3) + 8);
+    let effort = if repaired > 0 { task.effort.units.min(REPAIR_EFFORT) } else { task.effort.units };
+    let slots: Vec<Mutex<Track<'_>>> = std::mem::take(tracks).into_iter().map(Mutex::new).collect();
+    each(task.threads, &slots, |layer, track| {
+        let mut track = track.lock().unwrap_or_else(PoisonError::into_inner);
+        if loads.get(layer).is_some_and(|(_, known)| *known) {
+            track.advance(share, effort);
+        }
+    });
+    *tracks = slots.into_iter().map(|track| track.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
+    replan::settle(tracks, task.budget);
+}
+
+fn finish(board: &Board<'_>, known: bool, previous: Option<&Rows>) -> Arranged {
+    let (makespan, bound) = if known { (board.slowest(), board.fleet.bound(board.loads).0) } else { (1.0, 1.0) };
+    let limit = if known { layer::limit(board) } else { None };
+    Arranged { rows: repair::rows(board, previous), makespan, bound, limit }
+}
+
+/// `work` on every item, on as many threads; the answers in the items' order.
+fn each<'i, T: Sync, R: Send>(threads: usize, items: &'i [T], work: impl Fn(usize, &'i T) -> R + Sync) -> Vec<R> {
+    let threads = threads.clamp(1, items.len().max(1));
+    if threads == 1 {
+        return items.iter().enumerate().map(|(at, item)| work(at, item)).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let run = || {
+        let mut done = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(at) else { return done };
+            done.push((at, work(at, item)));
+        }
+    };
+    let mut all = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(run)).collect();
+        let mut all = run();
+        for other in others {
+            all.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        }
+        all
+    });
+    all.sort_by_key(|(at, _)| *at);
+    all.into_iter().map(|(_, result)| result).collect()
+}

@@ -1,0 +1,166 @@
+//! A layer from nothing: how many copies each expert gets, then slots, the heaviest copies first. Improves
+//! nothing afterwards.
+
+use std::collections::BinaryHeap;
+
+use super::{
+    board::{Board, EMPTY},
+    fleet::Fleet,
+};
+use crate::num;
+
+/// Copies by expert: `least` each, and each further slot goes to the expert whose copies carry most (the
+/// divisor method, which minimises the largest share). Never more copies than devices.
+pub(super) fn copies(fleet: &Fleet, loads: &[f64], least: usize) -> Vec<usize> {
+    let mut counts = vec![least; loads.len()];
+    let room = fleet.room(loads.len(), 1, false);
+    let most = fleet.sites.iter().filter(|site| site.slots > 0).count();
+    // Loads are never negative, so that their bits order as they do.
+    let key = |expert: usize, count: usize| ((loads[expert] / num::real_size(count)).to_bits(), usize::MAX - expert);
+    let mut heap: BinaryHeap<(u64, usize)> = (0..loads.len()).map(|expert| key(expert, least.max(1))).collect();
+    for _ in 0..room.saturating_sub(loads.len() * least) {
+        let expert = loop {
+            match heap.pop() {
+                Some((_, expert)) if counts[usize::MAX - expert] < most => break Some(usize::MAX - expert),
+                Some(_) => {}
+                None => break None,
+            }
+        };
+        let Some(expert) = expert else { break };
+        counts[expert] += 1;
+        heap.push(key(expert, counts[expert]));
+    }
+    counts
+}
+
+/// Slots for `counts` copies, the first `least` of each expert without fail; `None` if these did not find
+/// their places. Copies go where the device stays fastest, in a failure domain without one while there is
+/// room in any.
+pub(super) fn place(fleet: &Fleet, loads: &[f64], counts: &[usize], least: usize, apart: bool) -> Option<Vec<usize>> {
+    let shares: Vec<f64> = loads.iter().zip(counts).map(|(load, n)| load / num::real_size((*n).max(1))).collect();
+    let mut order: Vec<usize> = (0..loads.len()).collect();
+    order.sort_unstable_by(|one, other| shares[*other].total_cmp(&shares[*one]).then(one.cmp(other)));
+    let mut ground = Ground {
+        fleet,
+        slots: vec![EMPTY; fleet.slots()],
+        next: fleet.first.clone(),
+        open: (0..fleet.devices()).filter(|device| !fleet.range(*device).is_empty()).collect(),
+        carried: vec![0.0; fleet.devices()],
+    };
+    let mut homes = Vec::new();
+    for expert in order {
+        homes.clear();
+        for copy in 0..counts[expert] {
+            let strict = copy < least && apart;
+            match ground.lightest(&homes, shares[expert], strict) {
+                // A second copy beside the first is worth little: its slot waits for somebody else.
+                Some((device, alone)) if alone || copy != 1 || fleet.nodes < 2 => {
+                    ground.put(device, expert, shares[expert]);
+                    homes.push(device);
+                }
+                _ if copy < least => return None,
+                _ => break,
+            }
+        }
+    }
+    Some(ground.slots)
+}
+
+struct Ground<'a> {
+    fleet: &'a Fleet,
+    slots: Vec<usize>,
+    /// The next empty slot of each device.
+    next: Vec<usize>,
+    /// Devices with an empty slot.
+    open: Vec<usize>,
+    carried: Vec<f64>,
+}
+
+impl Ground<'_> {
+    /// The device that stays fastest with `share` more, and whether no copy is in its failure domain yet;
+    /// such a device comes first, and is the only one when `strict`.
+    fn lightest(&self, homes: &[usize], share: f64, strict: bool) -> Option<(usize, bool)> {
+        let time = |device: usize| (self.carried[device] + share) * self.fleet.inverse[device];
+        let mut best: Option<((bool, bool), f64, usize)> = None;
+        for device in self.open.iter().copied() {
+            let time = time(device);
+            if let Some((_, least, _)) = best.filter(|_| homes.is_empty())
+                && time >= least
+            {
+                continue;
+            }
+            let mut company = (false, false);
+            for home in homes {
+                let (one, other) = (&self.fleet.sites[*home], &self.fleet.sites[device]);
+                company.0 |= self.fleet.node[*home] == self.fleet.node[device];
+                company.1 |= one.card == other.card;
+            }
+            if homes.contains(&device) || (strict && company.0) {
+                continue;
+            }
+            if best.is_none_or(|(other, least, _)| (company, time) < (other, least)) {
+                best = Some((company, time, device));
+            }
+        }
+        best.map(|(company, _, device)| (device, !company.0))
+    }
+
+    fn put(&mut self, device: usize, expert: usize, share: f64) {
+        self.slots[self.next[device]] = expert;
+        self.next[device] += 1;
+        self.carried[device] += share;
+        if self.next[device] == self.fleet.first[device + 1] {
+            self.open.retain(|open| *open != device);
+        }
+    }
+}
+
+/// The required copies for certain: the sequence of all experts, repeated `least` times, is laid over the
+/// failure domains in order. A run of at most `experts` entries names each expert once, so no domain gets
+/// two copies of one (McNaughton's wrap-around rule).
+pub(super) fn wrap_around(fleet: &Fleet, experts: usize, least: usize, apart: bool) -> Vec<usize> {
+    let mut slots = vec![EMPTY; fleet.slots()];
+    let mut order: Vec<usize> = (0..fleet.devices()).collect();
+    order.sort_by_key(|device| (fleet.node[*device], *device));
+    let mut used = vec![0_usize; fleet.devices().max(fleet.nodes)];
+    let mut next = 0_usize;
+    for device in order {
+        let domain = if apart && least > 1 { fleet.node[device] } else { device };
+        for slot in fleet.range(device) {
+            if next >= experts * least || used[domain] >= experts {
+                break;
+            }
+            slots[slot] = next % experts;
+            next += 1;
+            used[domain] += 1;
+        }
+    }
+    slots
+}
+
+/// Gives empty slots to the experts whose copies carry most, as long as they find a device: in a failure
+/// domain without a copy when `strict`, else in any as long as not all copies share one.
+pub(super) fn fill(board: &mut Board<'_>, strict: bool) {
+    let mut open: usize = board.free.iter().sum();
+    if open == 0 {
+        return;
+    }
+    let mut heap: BinaryHeap<(u64, usize)> =
+        (0..board.loads.len()).map(|expert| (board.share[expert].to_bits(), usize::MAX - expert)).collect();
+    while open > 0 {
+        let Some((_, expert)) = heap.pop() else { break };
+        let expert = usize::MAX - expert;
+        let share = board.loads[expert] / num::real_size(board.count[expert] + 1);
+        let enough = board.spread[expert] >= board.fleet.nodes.min(2);
+        let fits =
+            |device: usize| board.may_gain(expert, device) || (!strict && enough && !board.holds(device, expert));
+        let best = (0..board.fleet.devices())
+            .filter(|device| board.free[*device] > 0 && fits(*device))
+            .min_by(|one, other| board.time(*one, share).total_cmp(&board.time(*other, share)).then(one.cmp(other)));
+        if let Some(slot) = best.and_then(|device| board.free_slot(device)) {
+            board.put(slot, expert);
+            heap.push((board.share[expert].to_bits(), usize::MAX - expert));
+            open -= 1;
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! The devices that all layers of an instance share: slots, speeds and what fails together. Takes no
+//! decision.
+
+use std::collections::BTreeMap;
+
+use crate::num;
+
+/// One device, as a layer sees it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Site {
+    /// Its slots.
+    pub slots: usize,
+    /// Relative speed, above 0.
+    pub speed: f64,
+    /// Number of its failure domain: its node, or its rack when the loss of a rack must be survived.
+    pub node: usize,
+    /// Number of its card.
+    pub card: usize,
+    /// Bytes of one expert there: formats differ.
+    pub bytes: u64,
+}
+
+/// Devices with their slots numbered through, device by device.
+#[derive(Clone, Debug)]
+pub struct Fleet {
+    pub(super) sites: Vec<Site>,
+    /// First slot of each device, then the number of all slots.
+    pub(super) first: Vec<usize>,
+    /// Device of each slot.
+    pub(super) owner: Vec<usize>,
+    /// 1 ÷ speed by device.
+    pub(super) inverse: Vec<f64>,
+    /// Failure domain of each device, numbered from 0.
+    pub(super) node: Vec<usize>,
+    /// Failure domains.
+    pub(super) nodes: usize,
+    /// Sum of speeds.
+    pub(super) speed: f64,
+    /// Devices of equal speed, fastest first.
+    pub(super) classes: Vec<Vec<usize>>,
+}
+
+impl Fleet {
+    /// The devices in slot order. A speed that is no number above 0 counts as the least there is.
+    #[must_use]
+    pub fn new(sites: &[Site]) -> Self {
+        let speed = |site: &Site| if site.speed.is_finite() { site.speed.max(1e-9) } else { 1e-9 };
+        let (mut first, mut owner) = (vec![0], Vec::new());
+        let mut numbers = BTreeMap::new();
+        let mut node = Vec::with_capacity(sites.len());
+        for (device, site) in sites.iter().enumerate() {
+            owner.extend(std::iter::repeat_n(device, site.slots));
+            first.push(owner.len());
+            let next = numbers.len();
+            node.push(*numbers.entry(site.node).or_insert(next));
+        }
+        let mut order: Vec<usize> = (0..sites.len()).collect();
+        order.sort_by(|one, other| speed(&sites[*other]).total_cmp(&speed(&sites[*one])).then(one.cmp(other)));
+        let mut classes: Vec<Vec<usize>> = Vec::new();
+        for device in order {
+            match classes.last_mut() {
+                Some(class) if speed(&sites[class[0]]).total_cmp(&speed(&sites[device])).is_eq() => class.push(device),
+                _ => classes.push(vec![device]),
+            }
+        }
+        Self {
+            first,
+            owner,
+            inverse: sites.iter().map(|site| 1.0 / speed(site)).collect(),
+            node,
+            nodes: numbers.len(),
+            speed: sites.iter().map(speed).sum(),
+            sites: sites.to_vec(),
+            classes,
+        }
+    }
+
+    /// Devices.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.sites.len()
+    }
+
+    /// Slots of all devices.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.owner.len()
+    }
+
+    pub(super) fn range(&self, device: usize) -> std::ops::Range<usize> {
+        self.first[device]..self.first[device + 1]
+    }
+
+    /// Slots that can hold one of `copies` required copies of each of `experts`: at most one of each expert
+    /// on a device, or in a failure domain when `apart`.
+    #[must_use]
+    pub fn room(&self, experts: usize, copies: usize, apart: bool) -> usize {
+        if copies < 2 || !apart {
+            return self.sites.iter().map(|site| site.slots.min(experts)).sum();
+        }
+        let mut sums = vec![0_usize; self.nodes];
+        for (site, node) in self.sites.iter().zip(&self.node) {
+            sums[*node] += site.slots.min(experts);
+        }
+        sums.into_iter().map(|sum| sum.min(experts)).sum()
+    }
+
+    /// The least that the slowest device's load ÷ speed can be over the ideal (total load ÷ total speed),
+    /// whatever the layout; with it, how many of the hottest experts set it. `loads` need no order.
+    ///
+    /// The k hottest experts fit on at most S − E + k slots (the others need one each), hence on that many
+    /// devices, and these take at least (their load ÷ their speed).
+    #[must_use]
+    pub fn bound(&self, loads: &[f64]) -> (f64, usize) {
+        let total: f64 = loads.iter().sum();
+        if total <= 0.0 || self.sites.is_empty() {
+            return (1.0, loads.len());
+        }
+        let mut hottest = loads.to_vec();
+        hottest.sort_unstable_by(|one, other| other.total_cmp(one));
+        let fastest: Vec<f64> = self
+            .classes
+            .iter()
+            .flatten()
+            .map(|device| 1.0 / self.inverse[*device])
+            .scan(0.0, |sum, speed| {
+                *sum += speed;
+                Some(*sum)
+            })
+            .collect();
+        let spare = self.slots().saturating_sub(loads.len());
+        let (mut best, mut sum) = ((1.0, loads.len()), 0.0);
+        for (at, load) in hottest.iter().enumerate() {
+            sum += load;
+            let devices = (spare + at + 1).min(self.devices());
+            let ratio = sum / fastest[devices - 1] * self.speed / total;
+            if ratio > best.0 + 1e-12 {
+                best = (ratio, at + 1);
+            }
+            if devices == self.devices() {
+                break;
+            }
+        }
+        best
+    }
+
+    /// The ideal time of a layer: total load ÷ total speed.
+    pub(super) fn ideal(&self, loads: &[f64]) -> f64 {
+        loads.iter().sum::<f64>() / self.speed.max(f64::MIN_POSITIVE)
+    }
+
+    /// Mean slots of a device.
+    pub(super) fn depth(&self) -> f64 {
+        num::real_size(self.slots()) / num::real_size(self.devices().max(1))
+    }
+}

@@ -1,0 +1,310 @@
+//! A better layout from the one there is, for as little loading as possible: the steps that lower the load of
+//! slow devices most per moved byte, across all layers by one queue, as long as they pay back. Changes
+//! nothing that a step does not pay for.
+
+use super::{
+    board::{Board, EMPTY},
+    fleet::Fleet,
+    layer::Duty,
+    search::{Change, apply, undo},
+};
+use crate::num;
+
+/// What a re-plan may cost, beyond what it must repair.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Most replicas that may move for balance; `None` = no bound.
+    pub moves: Option<usize>,
+    /// Most bytes that may move for balance; `None` = no bound.
+    pub bytes: Option<u64>,
+    /// What a moved byte costs, as a share of the step time.
+    pub price: f64,
+    /// Least gain, as a share of the step time after costs, for which anything moves.
+    pub least: f64,
+}
+
+impl Budget {
+    /// Nothing moves but what must.
+    pub const NONE: Self = Self { moves: Some(0), bytes: None, price: 0.0, least: 0.0 };
+}
+
+/// Slowest devices that steps are looked for on. More would lower the sum of squares faster, and the peak
+/// later.
+const SLOW: usize = 6;
+/// Steps that one layer may take.
+const STEPS: usize = 4096;
+/// Least fall of the sum of squares per replica.
+const LEAST: f64 = 1e-8;
+
+/// One step of a layer.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    /// Fall of Σ load² ÷ speed per moved byte, in units of the largest expert.
+    ratio: f64,
+    change: Change,
+    /// What was in the slot that a copy took.
+    held: usize,
+    /// Replicas and bytes that it moves, net: a replica that goes back where it was counts as not moved.
+    moves: i64,
+    bytes: i64,
+    /// By how much the layer's slowest device gets faster, in units of the ideal; may be negative.
+    relief: f64,
+}
+
+/// A layer on its way.
+pub(super) struct Track<'a> {
+    pub(super) board: Board<'a>,
+    /// What devices held at the beginning.
+    before: Vec<u64>,
+    duty: Duty,
+    heaviest: f64,
+    steps: Vec<Step>,
+    peak: f64,
+}
+
+struct Best {
+    ratio: f64,
+    change: Change,
+}
+
+impl<'a> Track<'a> {
+    /// `before`: `Board::held` as devices hold it, before any repair.
+    pub(super) fn new(board: Board<'a>, before: Vec<u64>, duty: Duty) -> Self {
+        let heaviest = board.fleet.sites.iter().map(|site| site.bytes).max().unwrap_or(1).max(1);
+        let peak = board.slowest();
+        Self { board, before, duty, heaviest: num::real(heaviest), steps: Vec::new(), peak }
+    }
+
+    /// Takes the best steps one after the other, as many as `moves` replicas allow, without regard to other
+    /// layers.
+    pub(super) fn advance(&mut self, moves: usize, effort: u64) {
+        let (mut left, mut effort) = (num::whole(moves), effort);
+        while left > 0 && effort > 0 && self.steps.len() < STEPS {
+            let Some(best) = self.best(&mut effort) else { return };
+            let (moves, bytes) = self.cost(best.change);
+            let (change, held) = apply(&mut self.board, best.change);
+            let peak = self.board.slowest();
+            self.steps.push(Step { ratio: best.ratio, change, held, moves, bytes, relief: self.peak - peak });
+            self.peak = peak;
+            left -= moves.max(1);
+        }
+    }
+
+    /// Replicas that the board has and devices did not hold at the beginning.
+    pub(super) fn moved(&self) -> usize {
+        let owner = &self.board.fleet.owner;
+        let new = |(slot, expert): &(usize, &usize)| **expert != EMPTY && !self.was(**expert, owner[*slot]);
+        self.board.slots.iter().enumerate().filter(new).count()
+    }
+
+    /// What the slowest device is above the bound: no step gains more.
+    pub(super) fn slack(&self, fleet: &Fleet) -> f64 {
+        self.peak - fleet.bound(self.board.loads).0
+    }
+
+    /// Goes back to the first `steps` steps.
+    fn retreat(&mut self, steps: usize) {
+        while self.steps.len() > steps {
+            if let Some(step) = self.steps.pop() {
+                undo(&mut self.board, (step.change, step.held));
+            }
+        }
+    }
+
+    fn was(&self, expert: usize, device: usize) -> bool {
+        self.board.holds_in(&self.before, device, expert)
+    }
+
+    /// Bytes for `expert` to come to `device`, in units of the largest expert.
+    fn weight(&self, expert: usize, device: usize) -> f64 {
+        if expert == EMPTY || self.was(expert, device) {
+            0.0
+        } else {
+            num::real(self.board.fleet.sites[device].bytes) / self.heaviest
+        }
+    }
+
+    /// Replicas and bytes that a change moves, net.
+    fn cost(&self, change: Change) -> (i64, i64) {
+        let board = &self.board;
+        let owner = |slot: usize| board.fleet.owner[slot];
+        let mut sum = (0, 0);
+        let mut count = |expert: usize, device: usize, sign: i64| {
+            if expert != EMPTY && !self.was(expert, device) {
+                sum.0 += sign;
+                sum.1 += sign * i64::try_from(board.fleet.sites[device].bytes).unwrap_or(i64::MAX / 4);
+            }
+        };
+        match change {
+            Change::Swap(one, other) => {
+                for (slot, target) in [(one, other), (other, one)] {
+                    count(board.slots[slot], owner(target), 1);
+                    count(board.slots[slot], owner(slot), -1);
+                }
+            }
+            Change::Copy(expert, slot) => {
+                count(expert, owner(slot), 1);
+                count(board.slots[slot], owner(slot), -1);
+            }
+        }
+        sum
+    }
+
+    /// The step that lowers Σ load² ÷ speed most per byte, among those that touch a slow device.
+    fn best(&self, effort: &mut u64) -> Option<Best> {
+        let board = &self.board;
+        let time = |device: &usize| board.time(*device, 0.0);
+        let mut order: Vec<usize> =
+            (0..board.fleet.devices()).filter(|at| !board.fleet.range(*at).is_empty()).collect();
+        order.sort_unstable_by(|one, other| time(one).total_cmp(&time(other)).then(one.cmp(other)));
+        let growth = growth(board);
+        let mut best = Best { ratio: LEAST, change: Change::Swap(0, 0) };
+        let mut any = false;
+        for slow in order.iter().rev().take(SLOW) {
+            any |= self.best_swap(*slow, &order, &mut best, effort);
+            any |= self.best_copy(*slow, &order, &growth, &mut best, effort);
+        }
+        any.then_some(best)
+    }
+
+    fn best_swap(&self, slow: usize, order: &[usize], best: &mut Best, effort: &mut u64) -> bool {
+        let (board, fleet) = (&self.board, self.board.fleet);
+        let (time, inverse) = (board.time(slow, 0.0), fleet.inverse[slow]);
+        let (mut any, mut work) = (false, 1);
+        for other in order.iter().copied() {
+            let (apart, sum) = (time - board.time(other, 0.0), inverse + fleet.inverse[other]);
+            // Evening out the two is the most that any exchange gains; further ones are closer still.
+            if apart <= 0.0 || apart * apart / sum <= best.ratio {
+                if fleet.classes.len() == 1 || apart <= 0.0 {
+                    break;
+                }
+                continue;
+            }
+            work += fleet.range(other).len() * fleet.range(slow).len();
+            for from in fleet.range(slow) {
+                let expert = board.slots[from];
+                if expert == EMPTY {
+                    continue;
+                }
+                for to in fleet.range(other) {
+                    let held = board.slots[to];
+                    let less = board.share[expert] - if held == EMPTY { 0.0 } else { board.share[held] };
+                    let gain = less * (2.0 * apart - less * sum);
+                    if gain <= best.ratio || less <= 0.0 {
+                        continue;
+                    }
+                    let ratio = gain / (self.weight(expert, other) + self.weight(held, slow)).max(1.0);
+                    if ratio > best.ratio
+                        && board.may_go(expert, slow, other)
+                        && (held == EMPTY || board.may_go(held, other, slow))
+                    {
+                        *best = Best { ratio, change: Change::Swap(from, to) };
+                        any = true;
+                    }
+                }
+            }
+        }
+        *effort = effort.saturating_sub(num::count(work));
+        any
+    }
+
+    /// A further copy of an expert of `slow`. Devices that hold both experts gain a little more than is
+    /// counted.
+    fn best_copy(&self, slow: usize, order: &[usize], growth: &[f64], best: &mut Best, effort: &mut u64) -> bool {
+        let (board, fleet) = (&self.board, self.board.fleet);
+        let (mut any, mut work) = (false, 1);
+        for from in fleet.range(slow) {
+            let expert = board.slots[from];
+            if expert == EMPTY {
+                continue;
+            }
+            let share = board.loads[expert] / num::real_size(board.count[expert] + 1);
+            let relief: f64 = board.homes(expert).map(|home| -rise(board, home, share - board.share[expert])).sum();
+            if relief <= best.ratio {
+                continue;
+            }
+            for other in order.iter().copied().filter(|other| board.may_gain(expert, *other)) {
+                let weight = self.weight(expert, other).max(1.0);
+                work += fleet.range(other).len();
+                for to in fleet.range(other) {
+                    let held = board.slots[to];
+                    let gain = relief - displace(board, growth, held, other, share);
+                    if gain / weight > best.ratio
+                        && (held == EMPTY || board.may_lose(held, other, self.duty.copies, self.duty.apart))
+                    {
+                        *best = Best { ratio: gain / weight, change: Change::Copy(expert, to) };
+                        any = true;
+                    }
+                }
+            }
+        }
+        *effort = effort.saturating_sub(num::count(work));
+        any
+    }
+}
+
+/// What load² ÷ speed of a device grows by with `extra` load.
+#[inline]
+fn rise(board: &Board<'_>, device: usize, extra: f64) -> f64 {
+    extra * (2.0 * board.time(device, 0.0) + extra * board.fleet.inverse[device])
+}
+
+/// By expert: what Σ load² ÷ speed grows by when it has a copy less, as if that copy's device grew too.
+pub(super) fn growth(board: &Board<'_>) -> Vec<f64> {
+    let growth = |expert: usize| {
+        if board.count[expert] < 2 {
+            return f64::INFINITY;
+        }
+        let grown = board.loads[expert] / num::real_size(board.count[expert] - 1) - board.share[expert];
+        board.homes(expert).map(|home| rise(board, home, grown)).sum()
+    };
+    (0..board.loads.len()).map(growth).collect()
+}
+
+/// What Σ load² ÷ speed grows by when `held` on `device` (or nothing) gives way to a replica of load
+/// `share`.
+pub(super) fn displace(board: &Board<'_>, growth: &[f64], held: usize, device: usize, share: f64) -> f64 {
+    if held == EMPTY {
+        return rise(board, device, share);
+    }
+    if board.count[held] < 2 {
+        return f64::INFINITY;
+    }
+    let grown = board.loads[held] / num::real_size(board.count[held] - 1) - board.share[held];
+    rise(board, device, share - board.share[held]) + growth[held] - rise(board, device, grown)
+}
+
+/// The steps of all layers in the order of what they gain per byte, a layer's own in their order, as far as
+/// the budget reaches; then back to where gain less cost was largest, or to the beginning. Every track keeps
+/// exactly the steps that were taken.
+pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) {
+    let layers = num::real_size(tracks.len().max(1));
+    let mut taken = vec![0_usize; tracks.len()];
+    let mut best = (budget.least, taken.clone());
+    let (mut moves, mut bytes, mut relief) = (0_i64, 0_i64, 0.0);
+    let most = budget.moves.map_or(i64::MAX, num::whole);
+    let most_bytes = budget.bytes.map_or(i64::MAX, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
+    let mut heads: std::collections::BinaryHeap<(u64, std::cmp::Reverse<usize>)> = tracks
+        .iter()
+        .enumerate()
+        .filter_map(|(at, track)| Some((track.steps.first()?.ratio.to_bits(), std::cmp::Reverse(at))))
+        .collect();
+    while let Some((_, std::cmp::Reverse(at))) = heads.pop() {
+        let Some(step) = tracks[at].steps.get(taken[at]) else { continue };
+        if moves + step.moves > most || bytes + step.bytes > most_bytes {
+            continue;
+        }
+        (moves, bytes, relief) = (moves + step.moves, bytes + step.bytes, relief + step.relief);
+        taken[at] += 1;
+        let gain = relief / layers - budget.price * num::signed_real(bytes);
+        if gain > best.0 {
+            best = (gain, taken.clone());
+        }
+        if let Some(next) = tracks[at].steps.get(taken[at]) {
+            heads.push((next.ratio.to_bits(), std::cmp::Reverse(at)));
+        }
+    }
+    for (track, steps) in tracks.iter_mut().zip(best.1) {
+        track.retreat(steps);
+    }
+}

@@ -1,0 +1,240 @@
+//! What experts will be asked for in the next load window, from those before. Keeps numbers only: whether
+//! anything moves for it is decided elsewhere.
+//!
+//! Windows are noisy (few tokens per expert) and drift (the mixture of tasks walks), and both are common to
+//! all layers. So the forecast is the last window plus multiples of its distances from earlier windows of the
+//! same task, Σ b(j) · (x(w) − x(w − j)): a negative b smooths as exponential weights do, a positive one
+//! follows a trend. The multiples are those that would have forecast the windows seen so far best (least
+//! squares over all experts of all layers, older windows counting less, with a ridge). After a task switch,
+//! seen as a distance far beyond noise and drift, only windows after it count, with the multiples learnt
+//! before.
+
+use std::collections::VecDeque;
+
+use crate::num;
+
+/// Tokens by layer and expert.
+pub type Window = Vec<Vec<f64>>;
+
+/// Windows remembered.
+const KEPT: usize = 16;
+/// Earlier windows that the forecast may use.
+const LAGS: usize = 3;
+/// What a window counts beside the next one in learning.
+const FADE: f64 = 0.8;
+/// Ridge, as a share of the mean diagonal.
+const RIDGE: f64 = 0.02;
+/// A window this many times further from the last than noise and drift explain is another task's.
+const SWITCH: f64 = 2.5;
+/// Drift that every task may have from window to window, as a share of the tokens.
+const DRIFT: f64 = 0.02;
+
+/// A number that is no load.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error(
+    "layer {layer}, expert {expert}: load {value} is no count of tokens; the last good window stands in for the layer"
+)]
+pub struct BadLoad {
+    /// Layer, from the first expert layer.
+    pub layer: usize,
+    /// The expert.
+    pub expert: usize,
+    /// What was reported; absent counts as not a number.
+    pub value: f64,
+}
+
+/// Load windows as they were seen, and what they say of the next.
+#[derive(Clone, Debug, Default)]
+pub struct Forecast {
+    experts: Vec<usize>,
+    kept: VecDeque<Kept>,
+    /// Tokens of the last window by layer.
+    totals: Vec<f64>,
+    /// Distance between neighbouring windows of one task, smoothed.
+    calm: Option<f64>,
+    task: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Kept {
+    /// Share of its layer's tokens by layer and expert, one after the other.
+    shares: Vec<f64>,
+    /// Products with the windows kept before it, the nearest first, itself at 0.
+    products: Vec<f64>,
+    task: usize,
+}
+
+impl Forecast {
+    /// Nothing seen yet, `experts` by layer.
+    #[must_use]
+    pub fn new(experts: Vec<usize>) -> Self {
+        Self { totals: vec![0.0; experts.len()], experts, ..Self::default() }
+    }
+
+    /// Windows seen and remembered.
+    #[must_use]
+    pub fn windows(&self) -> usize {
+        self.kept.len()
+    }
+
+    /// Whether the last window was the first of another task.
+    #[must_use]
+    pub fn switched(&self) -> bool {
+        let task = |back: usize| self.kept.iter().rev().nth(back).map(|kept| kept.task);
+        task(1).is_some() && task(0) != task(1)
+    }
+
+    /// Notes a window. A layer with a number that is no load counts as in the last window; each such number
+    /// is named.
+    pub fn observe(&mut self, window: &[Vec<f64>]) -> Vec<BadLoad> {
+        let mut bad = Vec::new();
+        let mut shares = Vec::with_capacity(self.experts.iter().sum());
+        let (mut noise, mut live, mut from) = (0.0, 0.0, 0);
+        for (layer, experts) in self.experts.iter().copied().enumerate() {
+            let row = window.get(layer).map(Vec::as_slice).unwrap_or_default();
+            let value = |expert: usize| row.get(expert).copied().unwrap_or(f64::NAN);
+            let found = bad.len();
+            let fault = |expert: &usize| !value(*expert).is_finite() || value(*expert) < 0.0;
+            bad.extend((0..experts).filter(fault).map(|expert| BadLoad { layer, expert, value: value(expert) }));
+            let total: f64 = if bad.len() == found { row.iter().take(experts).sum() } else { 0.0 };
+            if bad.len() > found {
+                let last = self.kept.back().and_then(|kept| kept.shares.get(from..from + experts));
+                shares.extend_from_slice(last.unwrap_or(&vec![0.0; experts]));
+            } else {
+                self.totals[layer] = total;
+                shares.extend((0..experts).map(|expert| if total > 0.0 { value(expert) / total } else { 0.0 }));
+            }
+            if total > 0.0 {
+                // Half the mean distance of two Poisson counts of mean n is 0.564 sqrt(n).
+                noise += (0..experts).map(|expert| 0.564 * value(expert).sqrt()).sum::<f64>() / total;
+                live += 1.0;
+            }
+            from += experts;
+        }
+        self.keep(shares, if live > 0.0 { noise / live } else { 0.0 }, live);
+        bad
+    }
+
+    fn keep(&mut self, shares: Vec<f64>, noise: f64, live: f64) {
+        if let (Some(last), true) = (self.kept.back(), live > 0.0) {
+            let apart: f64 = last.shares.iter().zip(&shares).map(|(one, other)| (one - other).abs()).sum();
+            let distance = apart / 2.0 / live;
+            let explained = (noise + DRIFT).max(self.calm.unwrap_or(0.0));
+            if distance > SWITCH * explained {
+                self.task += 1;
+            } else {
+                self.calm = Some(self.calm.map_or(distance, |calm| 0.7 * calm + 0.3 * distance));
+            }
+        }
+        let with = |kept: &Kept| dot(&kept.shares, &shares);
+        let mut products = vec![dot(&shares, &shares)];
+        products.extend(self.kept.iter().rev().map(with));
+        self.kept.push_back(Kept { shares, products, task: self.task });
+        while self.kept.len() > KEPT {
+            self.kept.pop_front();
+        }
+    }
+
+    /// The loads expected next, in tokens of the last window; `None` before the first. A layer that had no
+    /// load in the last window is all zero.
+    #[must_use]
+    pub fn expect(&self) -> Option<Window> {
+        let last = self.kept.back()?;
+        let weights = self.weights();
+        let mut expected = last.shares.clone();
+        for (lag, weight) in weights.iter().enumerate() {
+            let Some(earlier) = self.kept.iter().rev().nth(lag + 1) else { break };
+            for ((sum, now), then) in expected.iter_mut().zip(&last.shares).zip(&earlier.shares) {
+                *sum += weight * (now - then);
+            }
+        }
+        let mut from = 0;
+        let layer = |(experts, total): (&usize, &f64)| {
+            let row = expected.get(from..from + experts).unwrap_or_default();
+            from += experts;
+            let sum: f64 = row.iter().map(|share| share.max(0.0)).sum();
+            row.iter().map(|share| if sum > 0.0 { share.max(0.0) / sum * total } else { 0.0 }).collect()
+        };
+        Some(self.experts.iter().zip(&self.totals).map(layer).collect())
+    }
+
+    /// The multiples b, by lag from 1.
+    fn weights(&self) -> Vec<f64> {
+        let Some(last) = self.kept.back() else { return Vec::new() };
+        let same = self.kept.iter().rev().take_while(|kept| kept.task == last.task).count();
+        (1..=LAGS.min(same.saturating_sub(1))).rev().find_map(|lags| self.learn(lags)).unwrap_or_default()
+    }
+
+    /// Multiples of `lags` earlier windows, learnt from the windows that have as many before them.
+    fn learn(&self, lags: usize) -> Option<Vec<f64>> {
+        let mut matrix = vec![vec![0.0; lags]; lags];
+        let mut right = vec![0.0; lags];
+        let mut any = false;
+        for at in lags + 1..self.kept.len() {
+            let task = |back: usize| self.kept.get(at - back).map(|kept| kept.task);
+            if task(0) != task(lags + 1) {
+                continue;
+            }
+            any = true;
+            let fade = FADE.powf(num::real_size(self.kept.len() - 1 - at));
+            // ⟨x(at − a) − x(at − b), x(at − c) − x(at − d)⟩
+            let product = |a: usize, b: usize, c: usize, d: usize| {
+                self.product(at - a, at - c) - self.product(at - a, at - d) - self.product(at - b, at - c)
+                    + self.product(at - b, at - d)
+            };
+            for (one, (row, right)) in matrix.iter_mut().zip(&mut right).enumerate() {
+                *right += fade * product(1, 2 + one, 0, 1);
+                for (other, entry) in row.iter_mut().enumerate() {
+                    *entry += fade * product(1, 2 + one, 1, 2 + other);
+                }
+            }
+        }
+        let mean = (0..lags).map(|at| matrix[at][at]).sum::<f64>() / num::real_size(lags);
+        if !any || mean <= 0.0 {
+            return None;
+        }
+        for (at, row) in matrix.iter_mut().enumerate() {
+            row[at] += RIDGE * mean;
+        }
+        Some(eliminate(matrix, right))
+    }
+
+    fn product(&self, one: usize, other: usize) -> f64 {
+        let (late, early) = (one.max(other), one.min(other));
+        self.kept.get(late).and_then(|kept| kept.products.get(late - early)).copied().unwrap_or(0.0)
+    }
+}
+
+fn dot(one: &[f64], other: &[f64]) -> f64 {
+    // Four sums at once: the order of additions is fixed, and the processor need not wait for each.
+    let (heads, tail) = one.as_chunks::<4>();
+    let (others, rest) = other.as_chunks::<4>();
+    let mut sums = [0.0; 4];
+    for (one, other) in heads.iter().zip(others) {
+        for (sum, (one, other)) in sums.iter_mut().zip(one.iter().zip(other)) {
+            *sum += one * other;
+        }
+    }
+    sums.iter().sum::<f64>() + tail.iter().zip(rest).map(|(one, other)| one * other).sum::<f64>()
+}
+
+/// Solves a small system with a positive diagonal.
+fn eliminate(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
+    let size = right.len();
+    for pivot in 0..size {
+        for row in pivot + 1..size {
+            let factor = matrix[row][pivot] / matrix[pivot][pivot];
+            let above = matrix[pivot].clone();
+            for (entry, above) in matrix[row].iter_mut().zip(above) {
+                *entry -= factor * above;
+            }
+            right[row] -= factor * right[pivot];
+        }
+    }
+    let mut solution = vec![0.0; size];
+    for row in (0..size).rev() {
+        let known: f64 = (row + 1..size).map(|at| matrix[row][at] * solution[at]).sum();
+        solution[row] = (right[row] - known) / matrix[row][row];
+    }
+    solution
+}
