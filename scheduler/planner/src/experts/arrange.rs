@@ -107,26 +107,26 @@ fn start<'a>(task: &Task<'a>, loads: &'a [f64], previous: Option<&Rows>) -> Trac
     let mut board = Board::new(task.fleet, loads);
     repair::keep(&mut board, previous.map(Vec::as_slice).unwrap_or_default());
     let before = board.held();
-    let missing = !repair::repair(&mut board, copies, apart);
-    if missing {
+    let repaired = board.count.contains(&0);
+    if !repair::repair(&mut board, copies, apart) {
         board = first(task, loads);
     } else {
         repair::scatter(&mut board, copies);
         repair::fill(&mut board);
     }
     board.weigh();
-    Track::new(board, before, task.duty)
+    Track::new(board, before, task.duty, repaired)
 }
 
 /// Moves what pays, within the budget.
 fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, bool)]) {
-    let repaired: usize = tracks.iter().map(Track::moved).sum();
+    let repaired = tracks.iter().any(|track| track.repaired);
     let above: f64 = tracks.iter().map(|track| track.slack(task.fleet)).sum();
     if above / num::real_size(tracks.len().max(1)) <= task.budget.least {
         return;
     }
     let share = task.budget.moves.map_or(usize::MAX, |moves| (moves / tracks.len().max(1)).saturating_mul(3) + 8);
-    let effort = if repaired > 0 { task.effort.units.min(REPAIR_EFFORT) } else { task.effort.units };
+    let effort = if repaired { task.effort.units.min(REPAIR_EFFORT) } else { task.effort.units };
     let slots: Vec<Mutex<Track<'_>>> = std::mem::take(tracks).into_iter().map(Mutex::new).collect();
     each(task.threads, &slots, |layer, track| {
         let mut track = track.lock().unwrap_or_else(PoisonError::into_inner);

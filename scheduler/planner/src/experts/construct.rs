@@ -1,7 +1,7 @@
 //! A layer from nothing: how many copies each expert gets, then slots, the heaviest copies first. Improves
 //! nothing afterwards.
 
-use std::collections::BinaryHeap;
+use std::{cmp::Reverse, collections::BinaryHeap};
 
 use super::{
     board::{Board, EMPTY},
@@ -46,7 +46,11 @@ pub(super) fn place(fleet: &Fleet, loads: &[f64], counts: &[usize], least: usize
         next: fleet.first.clone(),
         open: (0..fleet.devices()).filter(|device| !fleet.range(*device).is_empty()).collect(),
         carried: vec![0.0; fleet.devices()],
+        room: vec![0; fleet.nodes],
     };
+    for (device, site) in fleet.sites.iter().enumerate() {
+        ground.room[fleet.node[device]] += site.slots;
+    }
     let mut homes = Vec::new();
     for expert in order {
         homes.clear();
@@ -74,18 +78,24 @@ struct Ground<'a> {
     /// Devices with an empty slot.
     open: Vec<usize>,
     carried: Vec<f64>,
+    /// Empty slots by failure domain.
+    room: Vec<usize>,
 }
 
+/// Whether a copy is in the failure domain and on the card, the time, the domain's empty slots, the device.
+type Choice = ((bool, bool), f64, Reverse<usize>, usize);
+
 impl Ground<'_> {
-    /// The device that stays fastest with `share` more, and whether no copy is in its failure domain yet;
-    /// such a device comes first, and is the only one when `strict`.
+    /// The device that stays fastest with `share` more, of equal ones that in the failure domain with most
+    /// empty slots, and whether no copy is in its failure domain yet; such a device comes first, and is the
+    /// only one when `strict`.
     fn lightest(&self, homes: &[usize], share: f64, strict: bool) -> Option<(usize, bool)> {
         let time = |device: usize| (self.carried[device] + share) * self.fleet.inverse[device];
-        let mut best: Option<((bool, bool), f64, usize)> = None;
+        let mut best: Option<Choice> = None;
         for device in self.open.iter().copied() {
             let time = time(device);
-            if let Some((_, least, _)) = best.filter(|_| homes.is_empty())
-                && time >= least
+            let room = Reverse(self.room[self.fleet.node[device]]);
+            if best.is_some_and(|(company, least, full, _)| company == (false, false) && (time, room) >= (least, full))
             {
                 continue;
             }
@@ -98,17 +108,18 @@ impl Ground<'_> {
             if homes.contains(&device) || (strict && company.0) {
                 continue;
             }
-            if best.is_none_or(|(other, least, _)| (company, time) < (other, least)) {
-                best = Some((company, time, device));
+            if best.is_none_or(|(other, least, full, _)| (company, time, room) < (other, least, full)) {
+                best = Some((company, time, room, device));
             }
         }
-        best.map(|(company, _, device)| (device, !company.0))
+        best.map(|(company, _, _, device)| (device, !company.0))
     }
 
     fn put(&mut self, device: usize, expert: usize, share: f64) {
         self.slots[self.next[device]] = expert;
         self.next[device] += 1;
         self.carried[device] += share;
+        self.room[self.fleet.node[device]] -= 1;
         if self.next[device] == self.fleet.first[device + 1] {
             self.open.retain(|open| *open != device);
         }

@@ -5,6 +5,7 @@ use super::{
     board::{Board, EMPTY},
     construct,
     dice::Dice,
+    divide,
     fleet::Fleet,
     pairs, repair,
     search::{self, Log, Rules},
@@ -27,32 +28,45 @@ const SHALLOW: f64 = 3.5;
 /// which `Fleet::room` says before.
 pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: Effort) -> Board<'a> {
     let Duty { copies, apart } = duty;
-    let bound = fleet.bound(loads).0;
-    let target = bound * (1.0 + effort.close);
-    let mut counts = construct::copies(fleet, loads, copies);
+    let target = fleet.bound(loads).0 * (1.0 + effort.close);
+    let shallow = fleet.depth() <= SHALLOW;
     let mut left = effort.units;
-    let placed = if pairs::apply(fleet) && copies < 2 {
-        pairs::recount(fleet, loads, &mut counts, copies, target, &mut left);
-        Some(pairs::seat(fleet, loads, &counts))
-    } else {
-        construct::place(fleet, loads, &counts, copies, apart)
-    };
-    let slots = placed.unwrap_or_else(|| construct::wrap_around(fleet, loads.len(), copies, apart));
+    let divided = if shallow { divide::slots(fleet, loads, duty, Effort { units: left / 2, ..effort }) } else { None };
+    if divided.is_some() {
+        left /= 2;
+    }
+    let slots = divided.unwrap_or_else(|| first(fleet, loads, duty, target, &mut left));
     let mut board = Board::of(fleet, loads, &slots);
     repair::scatter(&mut board, copies);
     repair::fill(&mut board);
+    if fleet.sites.iter().all(|site| site.slots < 2) && fleet.classes.len() < 2 {
+        // The largest copy is the slowest device, and the copies are best as they are.
+        return board;
+    }
     let rules = Rules { least: copies, apart, target, copying: true };
     let mut dice = Dice(num::count(loads.len()));
     search::descend(&mut board, rules, &mut left, &mut Log::new());
-    if fleet.depth() <= SHALLOW && left > 0 && board.slowest() > target {
-        let mut part = left * 3;
-        left = left.saturating_sub(part);
+    if shallow && left > 0 && board.slowest() > target {
+        let mut part = left - left / 8;
+        left -= part;
         search::anneal(&mut board, &mut part, &mut dice);
         search::descend(&mut board, rules, &mut left, &mut Log::new());
     }
     search::shake(&mut board, rules, &mut left, &mut dice);
     board.weigh();
     board
+}
+
+/// Copies and slots before any improvement.
+fn first(fleet: &Fleet, loads: &[f64], duty: Duty, target: f64, left: &mut u64) -> Vec<usize> {
+    let Duty { copies, apart } = duty;
+    let mut counts = construct::copies(fleet, loads, copies);
+    if pairs::apply(fleet) && copies < 2 {
+        pairs::recount(fleet, loads, &mut counts, copies, target, left);
+        return pairs::seat(fleet, loads, &counts);
+    }
+    let placed = construct::place(fleet, loads, &counts, copies, apart);
+    placed.unwrap_or_else(|| construct::wrap_around(fleet, loads.len(), copies, apart))
 }
 
 /// The expert that the slowest device spends most on, and the time of the slowest device if one more slot

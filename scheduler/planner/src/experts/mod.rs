@@ -5,6 +5,7 @@ mod arrange;
 mod board;
 mod construct;
 mod dice;
+mod divide;
 mod fleet;
 mod layer;
 mod pairs;

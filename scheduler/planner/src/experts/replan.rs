@@ -60,6 +60,8 @@ pub(super) struct Track<'a> {
     heaviest: f64,
     steps: Vec<Step>,
     peak: f64,
+    /// Experts had no replica left.
+    pub(super) repaired: bool,
 }
 
 struct Best {
@@ -69,10 +71,10 @@ struct Best {
 
 impl<'a> Track<'a> {
     /// `before`: `Board::held` as devices hold it, before any repair.
-    pub(super) fn new(board: Board<'a>, before: Vec<u64>, duty: Duty) -> Self {
+    pub(super) fn new(board: Board<'a>, before: Vec<u64>, duty: Duty, repaired: bool) -> Self {
         let heaviest = board.fleet.sites.iter().map(|site| site.bytes).max().unwrap_or(1).max(1);
         let peak = board.slowest();
-        Self { board, before, duty, heaviest: num::real(heaviest), steps: Vec::new(), peak }
+        Self { board, before, duty, heaviest: num::real(heaviest), steps: Vec::new(), peak, repaired }
     }
 
     /// Takes the best steps one after the other, as many as `moves` replicas allow, without regard to other
@@ -88,13 +90,6 @@ impl<'a> Track<'a> {
             self.peak = peak;
             left -= moves.max(1);
         }
-    }
-
-    /// Replicas that the board has and devices did not hold at the beginning.
-    pub(super) fn moved(&self) -> usize {
-        let owner = &self.board.fleet.owner;
-        let new = |(slot, expert): &(usize, &usize)| **expert != EMPTY && !self.was(**expert, owner[*slot]);
-        self.board.slots.iter().enumerate().filter(new).count()
     }
 
     /// What the slowest device is above the bound: no step gains more.
