@@ -93,6 +93,7 @@ impl Kind {
 }
 
 /// Every write of every kind that the API server serves, on what belongs to another node and on nothing at all.
+#[expect(clippy::print_stdout, reason = "the test runner keeps what is printed with the test it belongs to")]
 pub(super) async fn a_node_s_token_can_write_nothing_else(release: &Release, pods: &[Pod]) {
     let agent = pods.iter().find(|pod| component(pod) == "agent").expect("an agent");
     let client = release.client_of("agent", Some(agent)).await;
