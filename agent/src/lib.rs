@@ -303,6 +303,7 @@ impl Organs {
             workers: see_view,
             desired,
             metrics: metrics.clone(),
+            told: Duration::ZERO,
         };
         self.keep("report", Box::pin(reporter.run(last.clone())));
         let workers = Workers {

@@ -7,8 +7,12 @@ use std::{
     time::Duration,
 };
 
-use berth_runtime::{Clock, clock::InFlight};
-use berth_types::Admission;
+use berth_runtime::{
+    Clock,
+    clock::InFlight,
+    telemetry::trace::{Step, TraceContext},
+};
+use berth_types::Health;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -34,6 +38,8 @@ pub struct Shown {
     pub info: DeviceInfo,
     /// How it stands.
     pub standing: Standing,
+    /// Trace of the fault that led to this; none = nothing did.
+    pub trace: Option<TraceContext>,
 }
 
 /// What is so on this node.
@@ -75,18 +81,21 @@ impl Keeper {
     pub async fn run(mut self, shown: watch::Sender<Option<Arc<Snapshot>>>, stop: CancellationToken) {
         let mut ledger = Ledger::new(self.settings);
         let mut probed = BTreeSet::new();
-        let mut board = Board { shown, sequence: 0, notes: VecDeque::new() };
+        let mut board = Board { shown, sequence: 0, notes: VecDeque::new(), traces: BTreeMap::new() };
         let settle_by = self.clock.now().saturating_add(SETTLE_LIMIT);
         let mut started = false;
         loop {
             let wake = if started { ledger.deadline() } else { Some(settle_by) };
             let wake = wake.unwrap_or(Duration::MAX);
             // Cancel-safe: `recv` loses nothing, the others only wait.
-            let (outcome, guard) = tokio::select! {
+            let (outcome, seen_at, guard) = tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
                 seen = self.facts.recv() => match seen {
-                    Some((seen, guard)) => (self.take(&mut ledger, seen), guard),
+                    Some((seen, guard)) => {
+                        let seen_at = self.clock.unix();
+                        (self.take(&mut ledger, seen), seen_at, guard)
+                    }
                     None => return,
                 },
                 () = self.clock.sleep_until(wake) => {
@@ -94,21 +103,21 @@ impl Keeper {
                         tracing::warn!(detectors = ?self.detectors, "not settled: started without");
                         self.detectors.clear();
                     }
-                    (ledger.tick(self.clock.now()), None)
+                    (ledger.tick(self.clock.now()), self.clock.unix(), None)
                 }
             };
             if !started && self.detectors.is_empty() {
                 started = true;
                 let reports = ledger.start(self.clock.now());
-                self.tell(&reports);
-                board.show(&ledger, &[]);
+                self.tell(&reports, &board);
+                board.show(&ledger, &[], &self.metrics);
             }
             self.follow(&outcome);
             self.probe(&ledger, &mut probed);
             if started && !outcome.reports.is_empty() {
-                self.tell(&outcome.reports);
-                board.show(&ledger, &outcome.reports);
-                self.count(&ledger);
+                board.trace(&outcome.reports, (seen_at, self.clock.unix()));
+                self.tell(&outcome.reports, &board);
+                board.show(&ledger, &outcome.reports, &self.metrics);
             }
             drop(guard);
         }
@@ -149,7 +158,7 @@ impl Keeper {
         self.metrics.swallowed.inc_by(u64::from(outcome.swallowed));
     }
 
-    fn tell(&self, reports: &[Report]) {
+    fn tell(&self, reports: &[Report], board: &Board) {
         for report in reports {
             let Report { of, note, state, evidence, .. } = report;
             let device = match of {
@@ -162,8 +171,10 @@ impl Keeper {
                 tracing::info!(device, reason = ?state.reason, evidence, "health note");
             } else {
                 self.metrics.transitions.get_or_create(&label).inc();
+                let trace_id = board.traces.get(device).map(|trace| trace.trace_id());
                 tracing::info!(
                     device,
+                    trace_id,
                     health = %state.health,
                     admission = %state.admission,
                     action = %state.action,
@@ -175,17 +186,6 @@ impl Keeper {
             if let Some(observer) = &self.observer {
                 let _ = observer.send(report.clone());
             }
-        }
-    }
-
-    fn count(&self, ledger: &Ledger) {
-        let mut counts: BTreeMap<Admission, i64> = Admission::ALL.iter().map(|word| (*word, 0)).collect();
-        for (local, _) in ledger.devices() {
-            let standing = ledger.standing(&Subject::Device(local.clone()));
-            *counts.entry(standing.state.admission).or_default() += 1;
-        }
-        for (admission, count) in counts {
-            self.metrics.devices.get_or_create(&vec![("admission", admission.to_string())]).set(count);
         }
     }
 }
@@ -213,10 +213,33 @@ struct Board {
     shown: watch::Sender<Option<Arc<Snapshot>>>,
     sequence: u64,
     notes: VecDeque<(u64, Report)>,
+    /// Trace of the fault that each device has, or that it has just recovered from.
+    traces: BTreeMap<Local, TraceContext>,
 }
 
 impl Board {
-    fn show(&mut self, ledger: &Ledger, reports: &[Report]) {
+    /// Each device's way from its first fault until it is well again is one trace.
+    fn trace(&mut self, reports: &[Report], at: (Duration, Duration)) {
+        for report in reports.iter().filter(|report| !report.note) {
+            let Subject::Device(local) = &report.of else { continue };
+            let well = report.state.health == Health::Healthy;
+            let attributes = || {
+                let reason = report.state.reason.map(|reason| reason.to_string()).unwrap_or_default();
+                vec![("device", local.clone()), ("health", report.state.health.to_string()), ("reason", reason)]
+            };
+            let known = self.traces.remove(local);
+            let parent = known.unwrap_or_else(|| {
+                Step { name: "fault.seen", parent: None, at: (at.0, at.0), attributes: attributes() }.tell()
+            });
+            let name = if well { "fault.cleared" } else { "fault.classified" };
+            let trace = Step { name, parent: Some(parent), at, attributes: attributes() }.tell();
+            if !well {
+                self.traces.insert(local.clone(), trace);
+            }
+        }
+    }
+
+    fn show(&mut self, ledger: &Ledger, reports: &[Report], metrics: &Metrics) {
         self.sequence = self.sequence.saturating_add(1);
         for report in reports.iter().filter(|report| report.note) {
             self.notes.push_back((self.sequence, report.clone()));
@@ -227,11 +250,14 @@ impl Board {
         let devices = ledger.devices().map(|(local, info)| {
             let standing = ledger.standing(&Subject::Device(local.clone()));
             let info = info.cloned().unwrap_or_else(|| unknown(local));
-            (local.clone(), Shown { info, standing })
+            let trace = self.traces.get(local).copied();
+            (local.clone(), Shown { info, standing, trace })
         });
+        let devices = devices.collect();
+        metrics.show(&devices);
         let snapshot = Snapshot {
             sequence: self.sequence,
-            devices: devices.collect(),
+            devices,
             node: ledger.standing(&Subject::Node),
             notes: self.notes.clone(),
         };

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use berth_crds::accelerator_node::{DeviceStatus, NodeHealth};
 use berth_proto::{convert, v1};
-use berth_runtime::Clock;
+use berth_runtime::{Clock, telemetry::trace::TraceContext};
 use berth_types::{Bytes, DeviceId, NodeName, Vendor};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -32,6 +32,8 @@ pub struct Device {
     pub standing: Standing,
     /// Since when, milliseconds of Unix time.
     pub since_unix_ms: i64,
+    /// Trace of the fault that led to this.
+    pub trace: Option<TraceContext>,
 }
 
 /// What is said.
@@ -103,7 +105,7 @@ impl Publisher {
                 standing.evidence = format!("{}{sep}{why}", standing.evidence);
             }
             let since_unix_ms = self.unix_ms(standing.since);
-            Some(Device { id, info: shown.info.clone(), standing, since_unix_ms })
+            Some(Device { id, info: shown.info.clone(), standing, since_unix_ms, trace: shown.trace })
         };
         Published {
             boot_id: self.boot_id.clone(),
@@ -192,6 +194,7 @@ impl Device {
             interconnect_domain: self.info.interconnect_domain.clone(),
             card: self.info.card.clone(),
             since_unix_ms: self.since_unix_ms,
+            traceparent: self.trace.map(|trace| trace.to_string()).unwrap_or_default(),
         }
     }
 

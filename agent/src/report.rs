@@ -13,7 +13,7 @@ use berth_runtime::{
     Clock,
     discovery::{DiscoverError, discover},
 };
-use berth_types::{Epoch, NodeName};
+use berth_types::{Epoch, Health, NodeName};
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,7 +23,7 @@ use tonic::transport::Endpoint;
 use crate::{
     metrics::Metrics,
     orders::{Desired, Gate},
-    published::Published,
+    published::{Device, Published},
     workers::View,
 };
 
@@ -93,6 +93,8 @@ pub struct Reporter {
     pub desired: watch::Sender<Arc<Desired>>,
     /// Counts.
     pub metrics: Metrics,
+    /// When health was last told on a stream; what is older was told then.
+    pub told: Duration,
 }
 
 impl Reporter {
@@ -202,6 +204,7 @@ impl Reporter {
                         messages.push(Message::Hello(self.hello(&published)));
                     }
                     messages.push(Message::Health(published.to_wire()));
+                    self.acted(&published);
                     messages
                 }
                 changed = self.workers.changed() => {
@@ -224,6 +227,17 @@ impl Reporter {
                 sent.map_err(|_| StreamError::Ended)?;
             }
         }
+    }
+
+    /// Counts how long what became worse took from its fact to this stream; once for each.
+    fn acted(&mut self, published: &Published) {
+        let now = self.clock.now();
+        let worse =
+            |device: &&Device| device.standing.state.health != Health::Healthy && device.standing.since > self.told;
+        for device in published.devices.iter().filter(worse) {
+            self.metrics.acted(device.info.vendor, now.saturating_sub(device.standing.since));
+        }
+        self.told = now;
     }
 
     fn obey(&self, gate: &mut Gate, order: v1::AgentOrder) {

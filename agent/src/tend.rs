@@ -116,6 +116,7 @@ impl Tender {
                 Err(error) => error.to_string(),
             };
             self.show(WorkerPhase::Dead, None, Vec::new());
+            self.metrics.worker_gone(&self.local);
             self.metrics.worker_deaths.inc();
             tracing::warn!(device = %self.device, error, "worker lost");
             self.facts.send(Seen::Fact(Fact::device(self.local.clone(), What::WorkerDied(error))), None).await;
@@ -229,7 +230,9 @@ impl Tender {
                 changed = self.snapshots.changed() => if changed.is_err() { return Ok(()) },
                 changed = self.desired.changed() => if changed.is_err() { return Ok(()) },
                 report = reports.message() => match report? {
-                    Some(WorkerReport { shelves, .. }) => {
+                    Some(report) => {
+                        self.metrics.worker(&self.local, &report);
+                        let WorkerReport { shelves, .. } = report;
                         self.show(WorkerPhase::Serving, Some(process), shelves);
                         continue;
                     }

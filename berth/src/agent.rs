@@ -4,13 +4,13 @@ use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time
 
 use anyhow::Context;
 use berth_agent::{Config, health::device::Settings, workers::WorkerConfig};
-use berth_runtime::{
-    Clock, shutdown,
-    telemetry::{self, LogFormat},
-};
+use berth_runtime::{Clock, shutdown, telemetry::export_traces};
 use berth_types::{Bytes, NodeName};
 
-use crate::verdict::Verdict;
+use crate::{
+    telemetry::{self, TraceArgs},
+    verdict::Verdict,
+};
 
 /// Which backend workers compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -73,6 +73,8 @@ pub(crate) struct AgentArgs {
     /// What to log: error, warn, info, debug or a filter per module
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 /// Runs until a signal comes.
@@ -93,8 +95,9 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         worker_threads,
         probation_seconds,
         log,
+        trace,
     } = args;
-    telemetry::init_logs(&log, LogFormat::detect())?;
+    telemetry::begin("agent", vec![("node", node_name.to_string())], &log)?;
     let (namespace, name) = scheduler_lease
         .split_once('/')
         .with_context(|| format!("--scheduler-lease {scheduler_lease:?}: write it as <namespace>/<name>"))?;
@@ -121,6 +124,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let stop = shutdown::on_signals()?;
+        export_traces(&trace.otlp_endpoint)?;
         let client = kube::Client::try_default()
             .await
             .context("API server: give the pod a service account, or set KUBECONFIG")?;

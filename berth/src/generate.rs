@@ -16,7 +16,7 @@ use berth_runner::{
 };
 use berth_runtime::{
     Clock,
-    telemetry::{self, LogFormat},
+    telemetry::{self, LogFormat, Process},
 };
 use berth_types::{Bytes, DeviceId};
 use serde::Serialize;
@@ -86,7 +86,8 @@ pub(crate) struct Args {
 
 /// Generates, compares if asked to, and ends its workers.
 pub(crate) fn run(args: &Args) -> anyhow::Result<Verdict> {
-    telemetry::init_logs(&args.log, LogFormat::Text)?;
+    let process = Process { part: "generate", names: Vec::new(), config: String::new() };
+    telemetry::init(process, &args.log, LogFormat::Text)?;
     let folder = &args.checkpoint;
     let folder = folder.canonicalize().with_context(|| format!("--checkpoint {}", folder.display()))?;
     let checkpoint = Arc::new(Checkpoint::open(&folder)?);

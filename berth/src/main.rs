@@ -25,6 +25,7 @@ mod scheduler;
 mod status;
 mod store;
 mod table;
+mod telemetry;
 mod top;
 mod verdict;
 mod worker;

@@ -5,17 +5,15 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::Context as _;
 use berth_operator::{Config, Roots, RunnerConfig};
 use berth_runtime::{
-    Clock, PartConfig,
-    discovery::Holder,
-    election::Timing,
-    lease::LeaseConfig,
-    shutdown,
-    telemetry::{LogFormat, init_logs},
+    Clock, PartConfig, discovery::Holder, election::Timing, lease::LeaseConfig, shutdown, telemetry::export_traces,
 };
 use berth_types::Epoch;
 use clap::Args;
 
-use crate::verdict::Verdict;
+use crate::{
+    telemetry::{self, TraceArgs},
+    verdict::Verdict,
+};
 
 /// The Lease that operators stand for, in their own namespace.
 const LEASE: &str = "berth-operator";
@@ -56,6 +54,8 @@ pub(crate) struct OperatorArgs {
     /// Of these, those that runners mount by a PersistentVolumeClaim of their namespace: `<folder>=<claim>`.
     #[arg(long, env = "BERTH_WEIGHTS_CLAIMS", value_delimiter = ',', value_parser = claim)]
     weights_claims: Vec<(PathBuf, String)>,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 /// `<folder>=<claim>`.
@@ -79,8 +79,9 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
         scheduler_lease,
         weights_roots,
         weights_claims,
+        trace,
     } = args;
-    init_logs(&log, LogFormat::detect())?;
+    telemetry::begin("operator", vec![("pod", pod_name.clone())], &log)?;
     let config = Config {
         part: PartConfig { name: "operator", admin_listen, drain_limit: DRAIN_LIMIT },
         lease: LeaseConfig {
@@ -95,6 +96,7 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
             image_pull_policy: runner_pull_policy,
             service_account: runner_service_account,
             scheduler_lease,
+            otlp_endpoint: trace.otlp_endpoint.clone(),
             // An unset list reads as one empty folder, which would allow every path.
             roots: Roots(weights_roots.into_iter().filter(|root| root.is_absolute()).collect()),
             claims: weights_claims.into_iter().collect(),
@@ -103,6 +105,7 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
     };
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(async {
         let stop = shutdown::on_signals()?;
+        export_traces(&trace.otlp_endpoint)?;
         let client = kube::Client::try_default().await.context("no way to the API server")?;
         berth_operator::run(config, client, Clock::real(), stop).await?;
         Ok(Verdict::Pass)

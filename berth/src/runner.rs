@@ -5,14 +5,14 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Context;
 use berth_kernels::Roots;
 use berth_runner::{Config, control::FindScheduler, engine::EngineConfig, experts::ExpertsConfig};
-use berth_runtime::{
-    Clock, discovery, shutdown,
-    telemetry::{self, LogFormat},
-};
+use berth_runtime::{Clock, discovery, shutdown, telemetry::export_traces};
 use berth_types::{Bytes, PlacementName};
 use futures::future::BoxFuture;
 
-use crate::verdict::Verdict;
+use crate::{
+    telemetry::{self, TraceArgs},
+    verdict::Verdict,
+};
 
 /// Computes everything of a model but its routed experts, which the workers of its placement compute.
 #[derive(Debug, clap::Args)]
@@ -69,14 +69,18 @@ pub(crate) struct Args {
     /// What to log: error, warn, info, debug or a filter per module
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 /// Runs until a signal comes.
 pub(crate) fn run(args: Args) -> anyhow::Result<Verdict> {
-    telemetry::init_logs(&args.log, LogFormat::detect())?;
+    let pod = format!("{}/{}", args.pod_namespace, args.pod_name);
+    telemetry::begin("runner", vec![("pod", pod), ("placement", args.placement.to_string())], &args.log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let stop = shutdown::on_signals()?;
+        export_traces(&args.trace.otlp_endpoint)?;
         berth_runner::run(configure(args).await?, stop).await.map_err(anyhow::Error::from)
     });
     // A checkpoint that is still being read for its digest keeps nobody waiting.
@@ -103,6 +107,7 @@ async fn configure(args: Args) -> anyhow::Result<Config> {
         linger_ms,
         drain_ms,
         log: _,
+        trace: _,
     } = args;
     let clock = Clock::real();
     let scheduler: Arc<dyn FindScheduler> = match (scheduler, scheduler_lease) {

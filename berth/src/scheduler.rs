@@ -3,14 +3,14 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::Context;
-use berth_runtime::{
-    Clock,
-    shutdown::on_signals,
-    telemetry::{LogFormat, init_logs},
-};
+use berth_runtime::{Clock, shutdown::on_signals, telemetry::export_traces};
 use clap::Args;
 
-use crate::{store::StoreArgs, verdict::Verdict};
+use crate::{
+    store::StoreArgs,
+    telemetry::{self, TraceArgs},
+    verdict::Verdict,
+};
 
 /// Keep expert placements true: one leader decides, the others wait.
 #[derive(Debug, Args)]
@@ -41,6 +41,8 @@ pub(crate) struct SchedulerArgs {
     /// Log filter, as EnvFilter writes it.
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
+    #[command(flatten)]
+    trace: TraceArgs,
 }
 
 /// Runs the scheduler until a signal.
@@ -55,8 +57,9 @@ pub(crate) fn run(args: SchedulerArgs) -> anyhow::Result<Verdict> {
         load_limit_seconds,
         store,
         log,
+        trace,
     } = args;
-    init_logs(&log, LogFormat::detect())?;
+    telemetry::begin("scheduler", vec![("pod", pod_name.clone())], &log)?;
     let lease = lease.unwrap_or_else(|| format!("{pod_namespace}/berth-scheduler"));
     let (lease_namespace, lease) = lease
         .split_once('/')
@@ -77,6 +80,7 @@ pub(crate) fn run(args: SchedulerArgs) -> anyhow::Result<Verdict> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {
         let stop = on_signals()?;
+        export_traces(&trace.otlp_endpoint)?;
         let client = kube::Client::try_default().await.context("no access to a cluster")?;
         berth_scheduler::run(config, client, Clock::real(), stop).await?;
         Ok(Verdict::Pass)

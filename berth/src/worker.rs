@@ -6,13 +6,10 @@ use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 use anyhow::Context;
 use berth_agent::worker::{self, Config};
 use berth_kernels::{BackendKind, Roots};
-use berth_runtime::{
-    shutdown,
-    telemetry::{self, LogFormat},
-};
+use berth_runtime::shutdown;
 use berth_types::{Bytes, DeviceId};
 
-use crate::verdict::Verdict;
+use crate::{telemetry, verdict::Verdict};
 
 /// Holds the experts of one device and answers calls on them.
 #[derive(Debug, clap::Args)]
@@ -56,7 +53,8 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<Verdict> {
     let Args { device, backend, listen, admin, memory, weights_roots, threads, call_limit_ms, pci, pci_devices, log } =
         args;
-    telemetry::init_logs(&log, LogFormat::detect())?;
+    let names = vec![("node", device.node().to_owned()), ("device", device.to_string())];
+    telemetry::begin("worker", names, &log)?;
     let roots = Roots::new(&weights_roots).context("--weights-roots")?;
     let call_limit = Duration::from_millis(call_limit_ms);
     let config = Config { device, backend, listen, admin, memory, roots, threads, call_limit, pci, pci_devices };

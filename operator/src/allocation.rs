@@ -64,6 +64,24 @@ pub enum WaitReason {
     CapacityShort,
 }
 
+impl WaitReason {
+    /// Every reason.
+    pub const ALL: [Self; 5] =
+        [Self::QuotaExceeded, Self::QuotaTooSmall, Self::QueueNotFound, Self::QueueNotAllowed, Self::CapacityShort];
+
+    /// The word in metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::QuotaExceeded => "QuotaExceeded",
+            Self::QuotaTooSmall => "QuotaTooSmall",
+            Self::QueueNotFound => "QueueNotFound",
+            Self::QueueNotAllowed => "QueueNotAllowed",
+            Self::CapacityShort => "CapacityShort",
+        }
+    }
+}
+
 /// Why, and in what words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waiting {

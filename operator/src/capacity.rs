@@ -18,6 +18,7 @@ use crate::{
     fleet::{self, FleetDevice},
     metrics::OperatorMetrics,
     model_deployment::validate::{Roots, validate},
+    survey::Survey,
     watches::{Signals, Stores, key_of},
     writes::Writes,
 };
@@ -77,13 +78,16 @@ impl CapacityPass<'_> {
 
     /// One pass. Returns whether a status could not be written.
     async fn pass(&self) -> bool {
-        self.metrics.admitted();
+        let counted = self.metrics.begin("CapacityQueue", self.clock);
         let before = self.grants.borrow().clone();
         let queues: Vec<Arc<CapacityQueue>> = self.stores.queues.state();
         let deployments = self.stores.deployments.state();
         let accelerators = self.stores.accelerators.state();
         let fleet = fleet::schedulable(accelerators.iter().map(AsRef::as_ref));
-        let placements = by_deployment(self.stores.placements.state());
+        let mut survey = Survey::default();
+        let existing = self.stores.placements.state();
+        survey.supply(accelerators.iter().map(AsRef::as_ref), &fleet, existing.iter().map(AsRef::as_ref));
+        let placements = by_deployment(existing);
         let claims: Vec<Claim> = deployments
             .iter()
             .map(|deployment| self.claim(deployment, &placements, &fleet, before.get(&key_of(deployment.as_ref()))))
@@ -91,12 +95,16 @@ impl CapacityPass<'_> {
         let known = queues.iter().map(|queue| (queue.name_any(), of(queue))).collect();
         let Admission { verdicts, usage } =
             allocation::admit(&known, &claims, u32::try_from(fleet.len()).unwrap_or(u32::MAX));
+        survey.demand(&claims, &verdicts, deployments.iter().map(AsRef::as_ref));
+        survey.queues(&known, &usage);
+        self.metrics.survey(survey);
         self.publish(&deployments, verdicts, &before);
         let mut failed = false;
         for queue in &queues {
             let usage = usage.get(&queue.name_any()).copied().unwrap_or_default();
             failed |= self.write_status(queue, usage).await.is_err_and(|error| error.category() != Category::Invalid);
         }
+        counted.finish(!failed);
         failed
     }
 

@@ -49,6 +49,9 @@ pub enum Category {
 }
 
 impl Category {
+    /// Every category.
+    pub const ALL: [Self; 4] = [Self::Invalid, Self::Conflict, Self::Transient, Self::Bug];
+
     /// The word in metrics and events.
     #[must_use]
     pub const fn as_str(self) -> &'static str {

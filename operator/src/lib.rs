@@ -24,6 +24,7 @@ use kube::{
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 pub mod accelerator_node;
 pub mod allocation;
@@ -32,6 +33,7 @@ pub mod error;
 pub mod fleet;
 pub mod metrics;
 pub mod model_deployment;
+pub mod survey;
 pub mod watches;
 pub mod writes;
 
@@ -80,6 +82,7 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
             let may_write = Arc::new(move || may_write.check().map(drop));
             let writes = Writes::new(client.clone(), clock.clone(), metrics.clone(), may_write, instance.clone());
             alive.during(control(&client, writes, runner.clone(), &clock, &metrics, &term)).await;
+            metrics.resigned();
             tracing::info!(epoch = %term.epoch(), "no longer leading");
         }
         Ok::<_, PartError>(())
@@ -211,8 +214,11 @@ async fn deployments(
     };
     let one = move |object: Arc<ModelDeployment>, context: Arc<Context>| {
         Box::pin(async move {
-            context.metrics.reconciled(KIND);
-            let done = model_deployment::reconcile(&object, &context).await?;
+            let pass = context.metrics.begin(KIND, &context.clock);
+            let span = tracing::info_span!("reconcile", deployment = name(&object));
+            let done = model_deployment::reconcile(&object, &context).instrument(span).await;
+            pass.finish(done.is_ok());
+            let done = done?;
             context.succeeded(KIND, &name(&object));
             Ok::<_, model_deployment::ReconcileError>(done)
         })
@@ -230,8 +236,11 @@ async fn nodes(signals: &Touched<String>, store: &Store<Node>, context: &Arc<Con
     let queue = touched(signals, ended, |name: String| ObjectRef::<Node>::new(&name));
     let one = move |object: Arc<Node>, context: Arc<Context>| {
         Box::pin(async move {
-            context.metrics.reconciled(KIND);
-            let done = accelerator_node::reconcile(&object, &context).await?;
+            let pass = context.metrics.begin(KIND, &context.clock);
+            let span = tracing::info_span!("reconcile", node = object.name_any());
+            let done = accelerator_node::reconcile(&object, &context).instrument(span).await;
+            pass.finish(done.is_ok());
+            let done = done?;
             context.succeeded(KIND, &object.name_any());
             Ok::<_, accelerator_node::NodeError>(done)
         })

@@ -173,12 +173,19 @@ impl Writes {
         if (self.may_write)().is_err() {
             return;
         }
-        self.metrics.wrote("event", "Event");
-        match self.clock.timeout(CALL_LIMIT, self.recorder.publish(event, reference)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, reason = event.reason, "event not told"),
-            Err(error) => tracing::warn!(%error, reason = event.reason, "event not told"),
-        }
+        let began = self.clock.now();
+        let outcome = match self.clock.timeout(CALL_LIMIT, self.recorder.publish(event, reference)).await {
+            Ok(Ok(())) => "done",
+            Ok(Err(error)) => {
+                tracing::warn!(%error, reason = event.reason, "event not told");
+                "refused"
+            }
+            Err(error) => {
+                tracing::warn!(%error, reason = event.reason, "event not told");
+                "late"
+            }
+        };
+        self.metrics.wrote("event", "Event", outcome, self.clock.now().saturating_sub(began));
     }
 
     async fn call<T>(
@@ -189,12 +196,14 @@ impl Writes {
         call: impl Future<Output = kube::Result<T>>,
     ) -> Result<T, WriteError> {
         (self.may_write)().map_err(|source| WriteError::Deposed { what: what.clone(), source })?;
-        self.metrics.wrote(verb, known_kind(kind));
-        match self.clock.timeout(CALL_LIMIT, call).await {
-            Ok(Ok(done)) => Ok(done),
-            Ok(Err(source)) => Err(WriteError::Api { what, source: Box::new(source) }),
-            Err(_) => Err(WriteError::Late { what, limit: CALL_LIMIT }),
-        }
+        let began = self.clock.now();
+        let (outcome, answer) = match self.clock.timeout(CALL_LIMIT, call).await {
+            Ok(Ok(done)) => ("done", Ok(done)),
+            Ok(Err(source)) => ("refused", Err(WriteError::Api { what, source: Box::new(source) })),
+            Err(_) => ("late", Err(WriteError::Late { what, limit: CALL_LIMIT })),
+        };
+        self.metrics.wrote(verb, known_kind(kind), outcome, self.clock.now().saturating_sub(began));
+        answer
     }
 }
 

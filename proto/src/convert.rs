@@ -159,6 +159,8 @@ pub struct DeviceHealth {
     pub card: String,
     /// Since when the state holds, milliseconds of Unix time.
     pub since_unix_ms: i64,
+    /// W3C trace context of the fault that led to the state; empty = none. Not checked: it decides nothing.
+    pub traceparent: String,
 }
 
 impl TryFrom<&v1::DeviceHealth> for DeviceHealth {
@@ -175,6 +177,7 @@ impl TryFrom<&v1::DeviceHealth> for DeviceHealth {
             interconnect_domain: Some(wire.interconnect_domain.clone()).filter(|domain| !domain.is_empty()),
             card: wire.card.clone(),
             since_unix_ms: wire.since_unix_ms,
+            traceparent: Some(wire.traceparent.clone()).filter(|text| text.len() <= 64).unwrap_or_default(),
         })
     }
 }
@@ -190,6 +193,7 @@ impl From<&DeviceHealth> for v1::DeviceHealth {
             interconnect_domain: device.interconnect_domain.clone().unwrap_or_default(),
             card: device.card.clone(),
             since_unix_ms: device.since_unix_ms,
+            traceparent: device.traceparent.clone(),
             ..state_to_wire(device.state)
         }
     }

@@ -7,11 +7,15 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use berth_proto::{
     MESSAGE_LIMIT, PROTO, convert,
     v1::{
-        Beat, Hello, RevisionsInUse, RunnerHello, RunnerMessage, RunnerOrder, control_client::ControlClient,
+        self, Beat, Hello, RevisionsInUse, RunnerHello, RunnerMessage, RunnerOrder, control_client::ControlClient,
         runner_message::Message, runner_order::Order,
     },
 };
-use berth_runtime::{Clock, admin::Heartbeat};
+use berth_runtime::{
+    Clock,
+    admin::Heartbeat,
+    telemetry::trace::{Step, TraceContext},
+};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -82,6 +86,17 @@ pub(crate) struct Control {
     pub(crate) epoch: u64,
     /// Why there was no stream, as last logged: a scheduler that stays away is said once.
     pub(crate) said: String,
+    /// The revision that was taken last.
+    pub(crate) switch: Option<Switch>,
+}
+
+/// A revision on its way into use, as a step of the decision that made it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Switch {
+    revision: u64,
+    /// None = there is none, or it was told.
+    trace: Option<TraceContext>,
+    taken: Duration,
 }
 
 impl Control {
@@ -174,6 +189,7 @@ impl Control {
                 }
                 () = clock.sleep_until(next_beat) => {
                     self.alive.beat();
+                    self.served();
                     send(&outgoing, Message::Beat(Beat {}))?;
                     next_beat = clock.now() + self.beat;
                 }
@@ -184,6 +200,32 @@ impl Control {
                     }
                 }
             }
+        }
+    }
+
+    /// Routes were taken: from now on steps start on their revision.
+    fn taken(&mut self, routes: &v1::Routes) {
+        // Routes without a trace, or of a build that knows none, are taken all the same.
+        let trace: Option<TraceContext> = routes.traceparent.parse().ok();
+        tracing::info!(placement = self.placement, revision = routes.revision,
+            plan = %format_args!("{}-{}", self.placement, routes.revision),
+            trace_id = trace.map(|trace| trace.trace_id()), "revision taken");
+        // Later routes of the same revision only name more devices.
+        if self.switch.is_none_or(|known| known.revision != routes.revision) {
+            self.switch = Some(Switch { revision: routes.revision, trace, taken: self.clock.unix() });
+        }
+    }
+
+    /// Tells once that a step has ended on the revision that was taken.
+    fn served(&mut self) {
+        let Some(Switch { revision, trace: Some(trace), taken }) = self.switch else { return };
+        let stats = self.experts.stats();
+        if stats.in_use.current.0 == revision && stats.revision_since_unix_ms > 0 {
+            let served = Duration::from_millis(stats.revision_since_unix_ms).max(taken);
+            let plan = format!("{}-{revision}", self.placement);
+            let attributes = vec![("placement", self.placement.clone()), ("plan", plan)];
+            Step { name: "placement.served", parent: Some(trace), at: (taken, served), attributes }.tell();
+            self.switch = Some(Switch { revision, trace: None, taken });
         }
     }
 
@@ -198,7 +240,9 @@ impl Control {
             }
             Some(Order::Routes(routes)) => {
                 let table = RouteTable::try_from(&routes).map_err(|error| format!("routes: {error}"))?;
-                if !self.experts.set_routes(table) {
+                if self.experts.set_routes(table) {
+                    self.taken(&routes);
+                } else {
                     tracing::warn!(epoch = routes.epoch, revision = routes.revision, "older routes refused");
                 }
             }

@@ -9,7 +9,7 @@ pub mod engine;
 pub mod error;
 pub mod experts;
 pub mod load;
-mod metrics;
+pub mod metrics;
 pub mod model;
 mod num;
 pub mod routes;
@@ -172,6 +172,7 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), RunnerEr
         alive: part.admin.heartbeat("control", ALIVE_WITHIN),
         epoch: 0,
         said: String::new(),
+        switch: None,
     };
     part.tasks.keep("control", async move {
         control.run(drained).await;

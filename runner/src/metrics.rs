@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use berth_runtime::telemetry::Metrics;
+use berth_runtime::telemetry::{Described, Metrics};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
@@ -12,27 +12,58 @@ use prometheus_client::{
 
 use crate::{engine::Engine, experts::Experts, num::f64_of_u64};
 
-const ACCEPTED: (&str, &str) = ("requests_accepted", "Requests that were accepted");
-const REFUSED: (&str, &str) = ("requests_refused", "Requests that were refused at the door");
-const FAILED: (&str, &str) = ("requests_failed", "Requests that ended with an error after they were accepted");
-const RETRIED: (&str, &str) = ("requests_retried", "Requests that needed at least one retried expert call");
-const STEPS: (&str, &str) = ("steps", "Model steps finished");
-const TOKENS: (&str, &str) = ("tokens", "Tokens generated");
-const SEQUENCES: (&str, &str) = ("sequences", "Sequences being generated");
-const WAITING: (&str, &str) = ("requests_waiting", "Requests waiting for room");
-const CACHE: (&str, &str) = ("cache_reserved_bytes", "Bytes of KV cache that running sequences have reserved");
-const CALLS: (&str, &str) = ("expert_calls", "Expert calls sent to workers");
-const CALLS_REFUSED: (&str, &str) = ("expert_calls_refused", "Expert calls that a worker refused or that broke");
-const CALLS_RETRIED: (&str, &str) = ("expert_calls_retried", "Expert calls made again on another replica");
-const FIRST_REFUSED: (&str, &str) =
-    ("first_refused_timestamp_seconds", "Wall clock at which the first expert call was refused; 0 = none was");
-const REROUTED: (&str, &str) = (
+/// All of them.
+pub const METRICS: &[Described] = &[
+    ACCEPTED,
+    REFUSED,
+    FAILED,
+    RETRIED,
+    STEPS,
+    TOKENS,
+    SEQUENCES,
+    WAITING,
+    CACHE,
+    CALLS,
+    CALLS_REFUSED,
+    CALLS_RETRIED,
+    FIRST_REFUSED,
+    REROUTED,
+    REVISION,
+    OLDEST,
+    GONE,
+];
+
+const ACCEPTED: Described = Described::counter("requests_accepted", &[], "Requests that were accepted");
+const REFUSED: Described = Described::counter("requests_refused", &[], "Requests that were refused at the door");
+const FAILED: Described =
+    Described::counter("requests_failed", &[], "Requests that ended with an error after they were accepted");
+const RETRIED: Described =
+    Described::counter("requests_retried", &[], "Requests that needed at least one retried expert call");
+const STEPS: Described = Described::counter("steps", &[], "Model steps finished");
+const TOKENS: Described = Described::counter("tokens", &[], "Tokens generated");
+const SEQUENCES: Described = Described::gauge("sequences", &[], "Sequences being generated");
+const WAITING: Described = Described::gauge("requests_waiting", &[], "Requests waiting for room");
+const CACHE: Described =
+    Described::gauge("cache_reserved_bytes", &[], "Bytes of KV cache that running sequences have reserved");
+const CALLS: Described = Described::counter("expert_calls", &[], "Expert calls sent to workers");
+const CALLS_REFUSED: Described =
+    Described::counter("expert_calls_refused", &[], "Expert calls that a worker refused or that broke");
+const CALLS_RETRIED: Described =
+    Described::counter("expert_calls_retried", &[], "Expert calls made again on another replica");
+const FIRST_REFUSED: Described = Described::gauge(
+    "first_refused_timestamp_seconds",
+    &[],
+    "Wall clock at which the first expert call was refused; 0 = none was",
+);
+const REROUTED: Described = Described::gauge(
     "rerouted_timestamp_seconds",
+    &[],
     "Wall clock at which a lost device's call was last answered by another; 0 = none was",
 );
-const REVISION: (&str, &str) = ("revision", "Placement revision that steps start on; 0 = none");
-const OLDEST: (&str, &str) = ("revision_oldest", "Oldest placement revision that a step is on; 0 = none");
-const GONE: (&str, &str) = ("devices_gone", "Devices of the placement that are not called");
+const REVISION: Described = Described::gauge("revision", &[], "Placement revision that steps start on; 0 = none");
+const OLDEST: Described =
+    Described::gauge("oldest_revision", &[], "Oldest placement revision that a step is on; 0 = none");
+const GONE: Described = Described::gauge("gone_devices", &[], "Devices of the placement that are not called");
 
 /// Registers the metrics.
 pub(crate) fn register(metrics: &Metrics, engine: &Engine, experts: &Experts) {
@@ -81,8 +112,8 @@ impl Collector for Reader {
 
 fn write(
     encoder: &mut DescriptorEncoder<'_>,
-    (name, help): (&str, &str),
+    described: Described,
     metric: &impl EncodeMetric,
 ) -> Result<(), fmt::Error> {
-    metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+    metric.encode(encoder.encode_descriptor(described.name, described.help, None, metric.metric_type())?)
 }

@@ -197,7 +197,9 @@ pub(crate) mod tests {
     #[test]
     fn damaged_routes_are_refused_by_field() {
         let device = v1::RouteDevice { device: "a/0".to_owned(), ..Default::default() };
-        let good = v1::Routes { epoch: 1, placement_uid: "u".to_owned(), revision: 1, devices: vec![device.clone()] };
+        let devices = vec![device.clone()];
+        let good =
+            v1::Routes { epoch: 1, placement_uid: "u".to_owned(), revision: 1, devices, traceparent: String::new() };
         assert!(RouteTable::try_from(&good).is_ok());
         let field = |wire: v1::Routes| RouteTable::try_from(&wire).unwrap_err().field;
         assert_eq!(field(v1::Routes { revision: 0, ..good.clone() }), "revision");

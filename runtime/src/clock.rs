@@ -67,11 +67,16 @@ impl Clock {
     /// Milliseconds since 1970. May jump either way: for people and objects to read, never to decide by.
     #[must_use]
     pub fn unix_ms(&self) -> u64 {
-        let since_1970 = match &self.0 {
+        u64::try_from(self.unix().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Time since 1970. As [`Self::unix_ms`], and as fine as the machine tells it.
+    #[must_use]
+    pub fn unix(&self) -> Duration {
+        match &self.0 {
             Kind::Real(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
             Kind::Discrete(discrete) => Duration::from_millis(DISCRETE_UNIX_MS).saturating_add(discrete.lock().now),
-        };
-        u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX)
+        }
     }
 
     /// Returns when [`Clock::now`] has reached `deadline`; at once if it has already. Cancel-safe.

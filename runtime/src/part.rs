@@ -15,7 +15,7 @@ use crate::{
     admin::{self, Admin},
     lease::{self, ApiLease, LeaseConfig, LeaseStore},
     shutdown::TaskFailure,
-    telemetry::{LeaseMetrics, Metrics},
+    telemetry::{self, LeaseMetrics, Metrics},
 };
 
 /// What every part is told.
@@ -165,6 +165,7 @@ impl Part {
             }
         }
         tracing::info!(part = self.name, "part stopped");
+        telemetry::trace::flush().await;
         match failure {
             Some(failure) => Err(failure.into()),
             None if drained => Ok(()),

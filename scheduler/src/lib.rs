@@ -3,6 +3,7 @@
 
 pub mod commit;
 pub mod cutover;
+pub mod decisions;
 pub mod facts;
 pub mod index;
 pub mod metrics;

@@ -70,6 +70,7 @@ pub fn routes(index: &Index, now: Duration, epoch: Epoch, placement: &Placement)
         placement_uid: placement.uid.clone(),
         revision: revision.0,
         devices: used.filter_map(|entry| route(&entry.device)).collect(),
+        traceparent: placement.traceparent.clone(),
     })
 }
 

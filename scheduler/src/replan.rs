@@ -29,6 +29,10 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// Every cause.
+    pub const ALL: [Self; 8] =
+        [Self::First, Self::Repair, Self::Around, Self::Spec, Self::Drain, Self::Return, Self::Wave, Self::Rebalance];
+
     /// The word in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {

@@ -23,7 +23,7 @@ use crate::{
     metrics::SchedulerMetrics,
     reports::{Chair, Seat},
     ring::Ring,
-    store::{Store, StoreError, Stores},
+    store::{Metered, Store, StoreError, Stores},
     watches,
 };
 
@@ -123,7 +123,7 @@ impl Office {
     /// One term, to its end.
     async fn lead(&self, term: &Term, stopping: &CancellationToken, heartbeat: &Heartbeat) {
         let ended = term.ended().child_token();
-        let store = self.stores.of_term(term.epoch(), &self.identity);
+        let store: Arc<dyn Store> = Arc::new(self.metered(self.stores.of_term(term.epoch(), &self.identity)));
         let Some(index) = self.index(&*store, &ended, heartbeat).await else { return };
         let door = Arc::new(ApiDoor::new(self.client.clone(), self.clock.clone()));
         let writer = Writer::new(Arc::new(term.clone()), store, door);
@@ -142,6 +142,10 @@ impl Office {
         // The watches look at `ended` before anything else; nothing of theirs is worth keeping.
         while watching.join_next().await.is_some() {}
         tracing::info!(epoch = term.epoch().0, stopping = stopping.is_cancelled(), "left the chair");
+    }
+
+    fn metered(&self, store: Arc<dyn Store>) -> Metered {
+        Metered::new(store, self.clock.clone(), self.metrics.clone())
     }
 
     /// A world that knows the stored revisions.

@@ -223,6 +223,7 @@ fn config() -> Config {
             image_pull_policy: "IfNotPresent".to_owned(),
             service_account: String::new(),
             scheduler_lease: "berth/berth-scheduler".to_owned(),
+            otlp_endpoint: String::new(),
             roots: Roots(vec!["/models".into()]),
             claims: BTreeMap::new(),
         },

@@ -121,12 +121,12 @@ impl Control {
     fn settle(&mut self, id: LoadId, outcome: Result<Held, LoadError>) {
         match &outcome {
             Ok(held) => {
-                self.metrics.loads_ok.inc();
+                self.metrics.loaded(true);
                 tracing::info!(bytes = held.bytes().get(), digest = held.digest, "a shelf is ready");
             }
             Err(LoadError::Cancelled) => return,
             Err(error) => {
-                self.metrics.loads_failed.inc();
+                self.metrics.loaded(false);
                 tracing::warn!(%error, "a shelf could not be loaded");
             }
         }

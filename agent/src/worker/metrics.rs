@@ -2,11 +2,30 @@
 //! each name.
 
 use berth_proto::v1::{ForwardResponse, ForwardStatus};
+use berth_runtime::telemetry::Described;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::Registry,
 };
+
+/// All of them.
+pub const METRICS: &[Described] = &[CALLS, QUEUE_FULL, ABANDONED, TOKENS, CALL_SECONDS, REPEATED, LOADS, READY_BYTES];
+
+const CALLS: Described = Described::counter("calls", &["status"], "Expert calls answered, by status");
+const QUEUE_FULL: Described = Described::counter("queue_full", &[], "Expert calls refused by a full queue");
+const ABANDONED: Described = Described::counter("abandoned", &[], "Expert calls given up before their turn");
+const TOKENS: Described = Described::counter("tokens", &[], "Rows computed");
+const CALL_SECONDS: Described = Described::histogram("call_seconds", &[], "Time from receipt to answer");
+const REPEATED: Described = Described::counter("repeated", &[], "Calls answered from recent answers");
+const LOADS: Described = Described::counter("loads", &["outcome"], "Shelves whose loading ended: done or failed");
+const READY_BYTES: Described = Described::gauge("ready_bytes", &[], "Packed bytes of ready shelves");
+
+/// How a load ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct OutcomeLabel {
+    outcome: &'static str,
+}
 
 /// How a call ended; one of the words of `ForwardStatus`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -30,9 +49,7 @@ pub(crate) struct Metrics {
     /// Calls answered from the cache of recent answers.
     pub(crate) repeated: Counter,
     /// Loads that ended, by outcome.
-    pub(crate) loads_ok: Counter,
-    /// Loads that ended with an error.
-    pub(crate) loads_failed: Counter,
+    pub(crate) loads: Family<OutcomeLabel, Counter>,
     /// Packed bytes of ready shelves, each expert of a shelf counted once.
     pub(crate) ready_bytes: Gauge,
 }
@@ -47,8 +64,7 @@ impl Default for Metrics {
             tokens: Counter::default(),
             seconds: Histogram::new(bounds),
             repeated: Counter::default(),
-            loads_ok: Counter::default(),
-            loads_failed: Counter::default(),
+            loads: Family::default(),
             ready_bytes: Gauge::default(),
         }
     }
@@ -57,15 +73,19 @@ impl Default for Metrics {
 impl Metrics {
     /// Names everything in `registry`.
     pub(crate) fn register(&self, registry: &mut Registry) {
-        registry.register("calls", "Expert calls answered, by status", self.calls.clone());
-        registry.register("queue_full", "Expert calls refused by a full queue", self.queue_full.clone());
-        registry.register("abandoned", "Expert calls given up before their turn", self.abandoned.clone());
-        registry.register("tokens", "Rows computed", self.tokens.clone());
-        registry.register("call_seconds", "Time from receipt to answer", self.seconds.clone());
-        registry.register("repeated", "Calls answered from recent answers", self.repeated.clone());
-        registry.register("loads", "Shelves loaded", self.loads_ok.clone());
-        registry.register("loads_failed", "Shelves that could not be loaded", self.loads_failed.clone());
-        registry.register("ready_bytes", "Packed bytes of ready shelves", self.ready_bytes.clone());
+        CALLS.add(registry, self.calls.clone());
+        QUEUE_FULL.add(registry, self.queue_full.clone());
+        ABANDONED.add(registry, self.abandoned.clone());
+        TOKENS.add(registry, self.tokens.clone());
+        CALL_SECONDS.add(registry, self.seconds.clone());
+        REPEATED.add(registry, self.repeated.clone());
+        LOADS.add(registry, self.loads.clone());
+        READY_BYTES.add(registry, self.ready_bytes.clone());
+    }
+
+    /// Counts one load.
+    pub(crate) fn loaded(&self, done: bool) {
+        self.loads.get_or_create(&OutcomeLabel { outcome: if done { "done" } else { "failed" } }).inc();
     }
 
     /// Counts one answer.

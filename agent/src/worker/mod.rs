@@ -45,6 +45,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use calls::Door;
 use control::{Control, Published};
 use loader::Loader;
+pub use metrics::METRICS;
+
 use metrics::Metrics;
 use presence::Presence;
 pub use probe::{ProbeConfig, ProbeError, probe};

@@ -38,6 +38,8 @@ pub struct RunnerConfig {
     pub service_account: String,
     /// The scheduler's Lease, `<namespace>/<name>`.
     pub scheduler_lease: String,
+    /// Where runners export traces to; empty = nowhere.
+    pub otlp_endpoint: String,
     /// Folders of the nodes that weights may lie in.
     pub roots: Roots,
     /// Of these, those that runners mount by a PersistentVolumeClaim of their own namespace instead of from the node:
@@ -288,6 +290,9 @@ fn environment(
     ];
     if !weights.digest.is_empty() {
         variables.push(value("BERTH_WEIGHTS_DIGEST", weights.digest.clone()));
+    }
+    if !config.otlp_endpoint.is_empty() {
+        variables.push(value("BERTH_OTLP_ENDPOINT", config.otlp_endpoint.clone()));
     }
     variables
 }

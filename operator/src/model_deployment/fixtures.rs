@@ -21,6 +21,7 @@ pub(crate) fn config() -> RunnerConfig {
         image_pull_policy: "IfNotPresent".to_owned(),
         service_account: String::new(),
         scheduler_lease: "berth/berth-scheduler".to_owned(),
+        otlp_endpoint: String::new(),
         roots: Roots(vec!["/models".into()]),
         claims: BTreeMap::new(),
     }

@@ -151,7 +151,7 @@ impl Scene {
             endpoint: device.endpoint,
             layers: convert::slots_to_wire(&device.slots),
         });
-        Order::Routes(Routes { epoch, placement_uid, revision, devices: devices.collect() })
+        Order::Routes(Routes { epoch, placement_uid, revision, devices: devices.collect(), traceparent: String::new() })
     }
 
     async fn client(&self) -> ServeClient<tonic::transport::Channel> {

@@ -339,6 +339,7 @@ fn health_of(object: &AcceleratorNode) -> Option<Health> {
         interconnect_domain: device.interconnect_domain.clone(),
         card: device.card.clone(),
         since_unix_ms: 0,
+        traceparent: String::new(),
     });
     Some(Health { boot_id: status.boot_id.clone(), sequence: status.sequence, state, devices: devices.collect() })
 }

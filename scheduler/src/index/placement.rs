@@ -95,6 +95,8 @@ pub struct Placement {
     pub avoided: BTreeMap<DeviceId, u64>,
     /// Its runners, by stream.
     pub runners: BTreeMap<u64, Runner>,
+    /// Trace of the decision that made the serving revision; empty = not known.
+    pub traceparent: String,
 }
 
 impl Placement {
@@ -126,6 +128,7 @@ impl Placement {
             memory,
             avoided: BTreeMap::new(),
             runners: BTreeMap::new(),
+            traceparent: String::new(),
         }
     }
 

@@ -29,6 +29,7 @@ fn report(sequence: u64, admission: Admission) -> Health {
         interconnect_domain: None,
         card: String::new(),
         since_unix_ms: 0,
+        traceparent: String::new(),
     };
     Health { boot_id: "b".to_owned(), sequence, state: DeviceState::HEALTHY, devices: vec![device] }
 }

@@ -23,6 +23,7 @@ use self::{
 use crate::{
     commit::Writer,
     cutover::{LOAD_LIMIT, Next},
+    decisions::Decisions,
     facts::{AgentSaid, Fact, RunnerSaid},
     index::Index,
     metrics::SchedulerMetrics,
@@ -31,6 +32,8 @@ use crate::{
 
 /// Longest time between two turns.
 const TICK: Duration = Duration::from_millis(100);
+/// Between two showings of the world to whoever scrapes.
+const SHOW: Duration = Duration::from_secs(1);
 /// Facts taken in one turn.
 const BATCH: usize = 256;
 /// First and last pause after a refused write.
@@ -44,11 +47,14 @@ pub struct Ring {
     writer: Writer,
     clock: Clock,
     metrics: SchedulerMetrics,
+    decisions: Decisions,
     facts: mpsc::Sender<Fact>,
     jobs: JoinSet<()>,
     listed: (bool, bool),
     grace: bool,
     load_limit: Duration,
+    /// When the world is shown again.
+    shown: Duration,
     /// Placements to look at again at the next tick.
     later: BTreeSet<PlacementName>,
     written: BTreeMap<PlacementName, Written>,
@@ -68,6 +74,7 @@ impl Ring {
         facts: mpsc::Sender<Fact>,
     ) -> Self {
         let post = Post::new(epoch, metrics.clone());
+        let decisions = Decisions::new(clock.clone(), metrics.clone());
         Self {
             index,
             post,
@@ -75,11 +82,13 @@ impl Ring {
             writer,
             clock,
             metrics,
+            decisions,
             facts,
             jobs: JoinSet::new(),
             listed: (false, false),
             grace: true,
             load_limit: LOAD_LIMIT,
+            shown: Duration::ZERO,
             later: BTreeSet::new(),
             written: BTreeMap::new(),
             nodes_written: BTreeMap::new(),
@@ -119,8 +128,10 @@ impl Ring {
                 self.tick(now);
             }
             self.turn(now);
+            self.metrics.turned(self.clock.now().saturating_sub(now));
             beat();
         }
+        self.metrics.resigned();
         // Writes in hand report to a channel that nobody reads: let them through.
         drop(facts);
         while self.jobs.join_next().await.is_some() {}
@@ -137,6 +148,10 @@ impl Ring {
         }
         self.sweep(now);
         while self.jobs.try_join_next().is_some() {}
+        if now >= self.shown {
+            self.shown = now.saturating_add(SHOW);
+            self.metrics.show(&self.index, now);
+        }
     }
 
     fn take(&mut self, now: Duration, fact: Fact) {
@@ -185,6 +200,7 @@ impl Ring {
         let touched = self.index.take_touched();
         self.post.tell_gone(&self.index, now, &touched);
         for name in &touched {
+            self.decisions.watch(&self.index, now, name);
             self.cut(now, name);
         }
         if self.listed == (true, true) {
@@ -197,7 +213,6 @@ impl Ring {
             self.tell(now, name);
         }
         self.tell_nodes(now);
-        self.metrics.placements(self.index.placements().len());
     }
 
     /// The most important first, for it may take what others then lack.
@@ -224,7 +239,11 @@ impl Ring {
         let late = match placement.cutover.step(now, self.load_limit, &progress) {
             Next::Wait => Vec::new(),
             Next::Switch(revision, late) => {
-                tracing::info!(placement = %name, revision = revision.0, late = late.len(), "revision serves");
+                let trace = self.decisions.loaded(name, revision);
+                let trace_id = trace.map(|trace| trace.trace_id());
+                tracing::info!(placement = %name, revision = revision.0, plan = %format_args!("{name}-{revision}"),
+                    trace_id, late = late.len(), "revision serves");
+                placement.traceparent = trace.map(|trace| trace.to_string()).unwrap_or_default();
                 late
             }
             Next::Around(late) => {

@@ -36,17 +36,19 @@ impl Ring {
         placement.memory.seen = Some((world, placement.generation));
         placement.memory.stale = false;
         placement.memory.planned_at = now;
-        let began = self.clock.now();
+        let (began, began_unix) = (self.clock.now(), self.clock.unix());
         let rest = placement.memory.rest.take().filter(|_| cause == Cause::Wave);
         let outcome = propose(&problem, previous.as_deref(), rest);
-        self.metrics.solved(self.clock.now().saturating_sub(began).as_secs_f64());
+        self.metrics.solved(self.clock.now().saturating_sub(began));
         match outcome {
             Ok((plan, survives)) => {
                 placement.memory.problem = None;
                 placement.memory.survives = Some(survives);
                 let changed = plan.decision().waves.len() > 1 || plan.first() != previous.as_deref();
                 if changed {
-                    tracing::info!(placement = %name, %cause, %plan, "planned");
+                    let id = format!("{name}-{}", plan.decision().revision);
+                    let trace_id = self.decisions.planned(name, cause, began_unix, &id);
+                    tracing::info!(placement = %name, plan = id, trace_id, %cause, outcome = %plan, "planned");
                     if let Some(layout) = plan.first() {
                         tracing::debug!(placement = %name, changes = diff(previous.as_deref(), layout), "moves");
                     }
@@ -86,7 +88,7 @@ impl Ring {
             let outcome = writer.commit(Order { uid: uid.clone(), plan, status: told, spare }).await;
             match &outcome {
                 Ok(_) => {
-                    metrics.planned(cause.as_str(), bytes.get(), clock.now().saturating_sub(now).as_secs_f64());
+                    metrics.planned(cause.as_str(), bytes.get(), clock.now().saturating_sub(now));
                 }
                 Err(error) => metrics.refused(error.as_str()),
             }
@@ -107,7 +109,9 @@ impl Ring {
         placement.memory.promised = None;
         match outcome {
             Ok(Receipt { revision, layout, digest, status, deleted, rest }) => {
-                tracing::info!(placement = %name, revision = revision.0, why = status.why, "revision assigned");
+                let trace_id = self.decisions.applied(name, revision);
+                tracing::info!(placement = %name, revision = revision.0, plan = %format_args!("{name}-{revision}"),
+                    trace_id, why = status.why, "revision assigned");
                 placement.revisions.retain(|known, _| !deleted.contains(known));
                 placement.revisions.insert(revision, Stored { layout, digest });
                 placement.cutover.assign(now, revision);

@@ -72,6 +72,7 @@ impl Ring {
     pub(super) fn status_written(&mut self, now: Duration, name: &PlacementName, outcome: Result<(), CommitError>) {
         let Some(written) = self.written.get_mut(name) else { return };
         written.in_flight = false;
+        self.metrics.told("ExpertPlacement", if outcome.is_ok() { "done" } else { "failed" });
         if let Err(error) = outcome {
             tracing::warn!(placement = %name, %error, "status not written");
             self.metrics.refused(error.as_str());
@@ -105,6 +106,7 @@ impl Ring {
     pub(super) fn node_written(&mut self, now: Duration, node: &str, outcome: Result<(), CommitError>) {
         let Some(written) = self.nodes_written.get_mut(node) else { return };
         let told = written.in_flight.take();
+        self.metrics.told("AcceleratorNode", if outcome.is_ok() { "done" } else { "failed" });
         match outcome {
             Ok(()) => written.last = told,
             Err(error) => {

@@ -7,6 +7,7 @@ pub mod conformance;
 mod etcd;
 #[cfg(test)]
 pub(crate) mod memory;
+mod metered;
 mod pair;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use kube::{Client, api::ObjectMeta};
 pub use api::ApiStore;
 pub use config::{ConfigError, Credentials, DEFAULT_PREFIX, EtcdConfig, Identity, StoreConfig, StoreKind, Tls};
 pub use etcd::{Etcd, EtcdStore};
+pub use metered::Metered;
 pub use pair::Pair;
 
 /// Why a map could not be read or written.
