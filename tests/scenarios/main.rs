@@ -11,6 +11,7 @@ mod demo;
 mod install;
 mod kubelet;
 mod lifetime;
+mod observe;
 mod operator;
 mod ring;
 mod scheduler;

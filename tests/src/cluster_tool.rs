@@ -164,7 +164,8 @@ fn module_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("cluster")
 }
 
-fn cache_root() -> PathBuf {
+/// Where built and downloaded tools are kept.
+pub(crate) fn cache_root() -> PathBuf {
     let dir = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     dir("BERTH_TOOLS_DIR")
         .or_else(|| Some(dir("XDG_CACHE_HOME")?.join("berth")))

@@ -10,11 +10,13 @@
 
 pub mod address;
 pub mod cluster_tool;
+pub mod collector;
 pub mod control_plane;
 pub mod demo;
 mod error;
 pub mod etcd;
 pub mod process_kubelet;
+pub mod prometheus;
 pub mod rights;
 pub mod tied_process;
 

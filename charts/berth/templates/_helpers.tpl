@@ -90,6 +90,18 @@ labels:
   value: {{ .root.Values.log | quote }}
 - name: BERTH_ADMIN_LISTEN
   value: {{ include "berth.listen" (dict "root" .root "port" .adminPort) | quote }}
+{{- with .root.Values.tracing.otlpEndpoint }}
+- name: BERTH_OTLP_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
+{{- end }}
+
+{{/* How a monitor scrapes. Call with the monitor's values. */}}
+{{- define "berth.scrape" -}}
+interval: {{ .interval }}
+{{- with .scrapeTimeout }}
+scrapeTimeout: {{ . }}
+{{- end }}
 {{- end }}
 
 {{- define "berth.probes" -}}

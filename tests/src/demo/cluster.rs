@@ -18,7 +18,7 @@ use crate::{ControlPlane, Error, ProcessKubelet, Result};
 /// Claim by which runners mount the weights.
 const CLAIM: &str = "weights";
 /// Name of the ModelProfile.
-const PROFILE: &str = "demo-model";
+pub const PROFILE: &str = "demo-model";
 /// Namespace of the release.
 pub const NAMESPACE: &str = "berth-system";
 /// A node without accelerators: native nodes are tainted, so the control plane's pods need another.
@@ -116,6 +116,14 @@ impl Cluster {
     /// # Errors
     /// When a part does not become ready in time.
     pub async fn install(&self) -> Result<()> {
+        self.install_with(&[]).await
+    }
+
+    /// Installs the chart with further values, each as `--set` takes it.
+    ///
+    /// # Errors
+    /// As [`Self::install`].
+    pub async fn install_with(&self, values: &[String]) -> Result<()> {
         let weights = format!("agent.weightsRoots={{{}}}", self.weights.display());
         let claimed = format!("runner.weightsClaims[0].root={}", self.weights.display());
         let claim = format!("runner.weightsClaims[0].claim={CLAIM}");
@@ -143,6 +151,8 @@ impl Cluster {
             "--set",
             &claimed,
         ];
+        let more = values.iter().flat_map(|value| ["--set", value.as_str()]);
+        let install: Vec<&str> = install.into_iter().chain(more).collect();
         self.plane.helm(&install).await?;
         Ok(())
     }
