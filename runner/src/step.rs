@@ -1,7 +1,8 @@
 //! One model step: some consecutive tokens of several sequences through all layers, on one placement.
 //!
-//! Per expert layer: route in float32, start one call per worker, compute the shared expert meanwhile, add. The step
-//! decides nothing about sequences (`engine`) or replicas (`experts`).
+//! Per expert layer: route in float32, start one call per worker, compute the shared expert meanwhile, add. A step of many
+//! rows is cut in two batches, one of which is at work while the other waits for its experts. The step decides nothing
+//! about sequences (`engine`) or replicas (`experts`).
 
 use berth_types::Revision;
 
@@ -11,7 +12,7 @@ use crate::{
     load::LoadCounter,
     model::{
         Cache, Model,
-        chunk::{Chunk, Outside, Phase},
+        chunk::{Batches, Chunk, Outside, Phase},
     },
     num::usize_of,
 };
@@ -95,21 +96,47 @@ fn layers(
         .map(|part| Chunk { tokens: part.tokens, start: part.start, cache: part.cache, salt: part.salt })
         .collect();
     let mut outputs: Vec<PartOutput> = wanted.iter().map(|_| PartOutput::default()).collect();
-    let mut start = |call: &LayerCall<'_>| {
+    let mut start = |call: &LayerCall<'_>, first: usize| {
         load.count(step.revision(), call.layer, call.experts);
-        record(&wanted, &mut outputs, call);
+        record(&wanted, &mut outputs, call, first);
         Ok(step.start(call)?.unless(cancelled.clone()))
     };
-    let x = model.forward(chunks, &mut Outside { start: &mut start, ended })?;
+    let x = model.forward(batches(model, chunks), &mut Outside { start: &mut start, ended })?;
     head(model, &x, &wanted, &mut outputs)?;
     ended(Phase::Head);
     Ok(outputs)
 }
 
-/// Keeps the chosen experts of the parts that want every row.
-fn record(wanted: &[(usize, Wanted)], outputs: &mut [PartOutput], call: &LayerCall<'_>) {
-    let mut rest = call.experts;
+/// Rows that an expert gets on average in each of two batches, at least, for a step to be cut in two. Every batch reads the
+/// weights of the experts that it hits; below this, reading them twice costs workers more than the runner gains by
+/// working while it waits.
+const ROWS_PER_EXPERT: usize = 16;
+
+/// One batch, or two of nearly as many rows, cut between sequences.
+fn batches<'a>(model: &Model, mut chunks: Vec<Chunk<'a, Cache>>) -> Batches<'a, Cache> {
+    let rows: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+    let least = 2 * ROWS_PER_EXPERT * model.experts();
+    if chunks.len() < 2 || rows.saturating_mul(model.top_k()) < least {
+        return vec![chunks];
+    }
+    let mut before = 0;
+    let half = |chunk: &Chunk<'_, Cache>| {
+        before += chunk.tokens.len();
+        2 * before >= rows
+    };
+    let cut = chunks.iter().position(half).unwrap_or(0).clamp(1, chunks.len() - 1);
+    let rest = chunks.split_off(cut);
+    vec![chunks, rest]
+}
+
+/// Keeps the chosen experts of the parts that want every row. The call is about whole parts, from row `first` of the step.
+fn record(wanted: &[(usize, Wanted)], outputs: &mut [PartOutput], call: &LayerCall<'_>, first: usize) {
+    let (mut rest, mut before) = (call.experts, 0);
     for ((tokens, wanted), output) in wanted.iter().zip(outputs) {
+        before += tokens;
+        if before <= first || rest.is_empty() {
+            continue;
+        }
         let (own, others) = rest.split_at(tokens * call.top_k);
         if *wanted == Wanted::Every {
             output.experts.push(own.to_vec());

@@ -20,9 +20,11 @@ pub(crate) struct Chunk<'a, C> {
     pub(crate) salt: u64,
 }
 
-/// The rows of a step, the chunks one after another.
+/// The rows of a part of a step, its chunks one after another.
 #[derive(Debug, Default)]
 pub(crate) struct Rows {
+    /// Place of the first among all rows of the step.
+    pub(crate) first: usize,
     /// Token ids, [T].
     pub(crate) tokens: Vec<u32>,
     /// Positions in their sequences, [T].
@@ -32,9 +34,9 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
-    /// The rows of `chunks`.
-    pub(crate) fn of<C>(chunks: &[Chunk<'_, C>]) -> Self {
-        let mut rows = Self::default();
+    /// The rows of `chunks`, of which the step has `first` before them.
+    pub(crate) fn of<C>(chunks: &[Chunk<'_, C>], first: usize) -> Self {
+        let mut rows = Self { first, ..Self::default() };
         for chunk in chunks {
             for (position, token) in (chunk.start..).zip(chunk.tokens) {
                 rows.tokens.push(*token);
@@ -51,8 +53,22 @@ impl Rows {
     }
 }
 
-/// Starts the routed experts of one layer.
-pub(crate) type StartExperts<'a> = dyn FnMut(&LayerCall<'_>) -> Result<Pending, StepError> + 'a;
+/// A step in parts that are computed by turns: while one waits for its routed experts, the next is at work.
+pub(crate) type Batches<'a, C> = Vec<Vec<Chunk<'a, C>>>;
+
+/// The batches, each with its rows.
+pub(crate) fn with_rows<'a, C>(batches: Batches<'a, C>) -> Vec<(Vec<Chunk<'a, C>>, Rows)> {
+    let mut first = 0;
+    let rows = |chunks: Vec<Chunk<'a, C>>| {
+        let rows = Rows::of(&chunks, first);
+        first += rows.len();
+        (chunks, rows)
+    };
+    batches.into_iter().map(rows).collect()
+}
+
+/// Starts the routed experts of one layer for rows of the step, from the one at the place given.
+pub(crate) type StartExperts<'a> = dyn FnMut(&LayerCall<'_>, usize) -> Result<Pending, StepError> + 'a;
 
 /// What a forward pass needs of the world.
 pub(crate) struct Outside<'a> {

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     error::StepError,
-    experts::LayerCall,
+    experts::{LayerCall, Pending},
     num::{u32_of, usize_of},
 };
 
@@ -33,6 +33,28 @@ pub(crate) struct ExpertLayer {
     pub(crate) shared: Option<Dense>,
 }
 
+/// A layer whose calls are under way. Dropping it ends them.
+#[derive(Debug)]
+pub(crate) struct Underway {
+    pending: Pending,
+    shared: Option<Vec<f32>>,
+}
+
+impl Underway {
+    /// Routed plus shared experts, [T × hidden].
+    ///
+    /// # Errors
+    /// What the calls give.
+    pub(crate) fn finish(self, ended: &dyn Fn(Phase)) -> Result<Vec<f32>, StepError> {
+        let mut out = self.pending.wait()?;
+        if let Some(shared) = self.shared {
+            add(&mut out, &shared);
+        }
+        ended(Phase::Waiting);
+        Ok(out)
+    }
+}
+
 /// How experts are chosen.
 #[derive(Debug)]
 pub(crate) enum Choice {
@@ -43,17 +65,17 @@ pub(crate) enum Choice {
 }
 
 impl ExpertLayer {
-    /// Routed plus shared experts of `h` ([T × hidden]).
+    /// Starts the routed experts of `h` ([T × hidden]) and computes the shared one meanwhile.
     ///
     /// # Errors
-    /// What the calls give, or too little memory.
-    pub(crate) fn forward(
+    /// When calls cannot be started, or too little memory.
+    pub(crate) fn begin(
         &self,
         layer: usize,
         h: &[f32],
         rows: &Rows,
         outside: &mut Outside<'_>,
-    ) -> Result<Vec<f32>, StepError> {
+    ) -> Result<Underway, StepError> {
         let (experts, weights) = self.route(h, rows)?;
         (outside.ended)(Phase::Routing);
         let call = LayerCall {
@@ -65,16 +87,11 @@ impl ExpertLayer {
             weights: &weights,
             spread: &rows.spread,
         };
-        let pending = (outside.start)(&call)?;
+        let pending = (outside.start)(&call, rows.first)?;
         (outside.ended)(Phase::Calls);
         let shared = self.shared.as_ref().map(|shared| shared.forward(h, rows.len())).transpose()?;
         (outside.ended)(Phase::Shared);
-        let mut out = pending.wait()?;
-        if let Some(shared) = shared {
-            add(&mut out, &shared);
-        }
-        (outside.ended)(Phase::Waiting);
-        Ok(out)
+        Ok(Underway { pending, shared })
     }
 
     /// Experts and weights of every row, [T × top_k] each.

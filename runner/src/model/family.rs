@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::{
     Facts, ModelError,
-    chunk::{Chunk, Outside},
+    chunk::{Batches, Chunk, Outside},
     config::V3Config,
     fields::Fields,
     latent::cache::Cache as LatentCache,
@@ -54,6 +54,7 @@ impl Config {
                 expert_width: config.experts.width,
                 expert_limit: None,
                 experts: config.experts.routed,
+                top_k: config.experts.top_k,
                 expert_layers: layers(config.dense_layers, config.layers),
                 bos: config.bos,
                 eos: config.eos.clone(),
@@ -66,6 +67,7 @@ impl Config {
                 expert_width: config.experts.width,
                 expert_limit: Some(config.experts.limit),
                 experts: config.experts.routed,
+                top_k: config.experts.top_k,
                 expert_layers: layers(0, config.layers.len()),
                 bos: config.bos,
                 eos: config.eos.clone(),
@@ -130,18 +132,18 @@ impl Family {
         }
     }
 
-    /// Runs the chunks through all layers.
+    /// Runs the batches through all layers.
     ///
     /// # Errors
     /// What routed experts and the layers' maths give; `Foreign` for a cache that another model made.
     pub(crate) fn forward(
         &self,
-        chunks: Vec<Chunk<'_, Cache>>,
+        batches: Batches<'_, Cache>,
         outside: &mut Outside<'_>,
     ) -> Result<Vec<f32>, StepError> {
         match self {
-            Self::V3(v3) => v3.forward(&mut owned(chunks, Cache::latent)?, outside),
-            Self::V4(v4) => v4.forward(&mut owned(chunks, Cache::v4)?, outside),
+            Self::V3(v3) => v3.forward(owned(batches, Cache::latent)?, outside),
+            Self::V4(v4) => v4.forward(owned(batches, Cache::v4)?, outside),
         }
     }
 
@@ -157,14 +159,14 @@ impl Family {
     }
 }
 
-/// The chunks with the caches of one family.
+/// The batches with the caches of one family.
 fn owned<'a, C>(
-    chunks: Vec<Chunk<'a, Cache>>,
+    batches: Batches<'a, Cache>,
     own: impl Fn(&'a mut Cache) -> Option<&'a mut C>,
-) -> Result<Vec<Chunk<'a, C>>, StepError> {
+) -> Result<Batches<'a, C>, StepError> {
     let chunk = |chunk: Chunk<'a, Cache>| {
         let Chunk { tokens, start, cache, salt } = chunk;
         Ok(Chunk { tokens, start, cache: own(cache).ok_or(StepError::Foreign)?, salt })
     };
-    chunks.into_iter().map(chunk).collect()
+    batches.into_iter().map(|chunks| chunks.into_iter().map(&chunk).collect()).collect()
 }

@@ -30,7 +30,7 @@ use berth_types::LayerId;
 pub use self::chunk::Phase;
 pub(crate) use self::family::Cache;
 use self::{
-    chunk::{Chunk, Outside},
+    chunk::{Batches, Outside},
     family::Family,
     linear::Source,
     tokenizer::Text,
@@ -64,6 +64,8 @@ pub(crate) struct Facts {
     pub(crate) expert_limit: Option<f32>,
     /// Routed experts of each expert layer.
     pub(crate) experts: usize,
+    /// Routed experts of each token.
+    pub(crate) top_k: usize,
     /// Layers that have routed experts, in order.
     pub(crate) expert_layers: Vec<LayerId>,
     /// Token put before a prompt, if the model has one.
@@ -159,6 +161,11 @@ impl Model {
         self.text.decode(ids)
     }
 
+    /// Routed experts of each token.
+    pub(crate) fn top_k(&self) -> usize {
+        self.facts.top_k
+    }
+
     /// Values of one row that [`Model::forward`] gives.
     pub(crate) fn width(&self) -> usize {
         self.facts.width
@@ -169,16 +176,16 @@ impl Model {
         self.family.new_cache(tokens)
     }
 
-    /// Runs the chunks through all layers: [tokens of all chunks × width].
+    /// Runs the batches through all layers, by turns: [tokens of all chunks × width].
     ///
     /// # Errors
     /// What routed experts give, and what the layers' maths gives.
     pub(crate) fn forward(
         &self,
-        chunks: Vec<Chunk<'_, Cache>>,
+        batches: Batches<'_, Cache>,
         outside: &mut Outside<'_>,
     ) -> Result<Vec<f32>, StepError> {
-        self.family.forward(chunks, outside)
+        self.family.forward(batches, outside)
     }
 
     /// Logits of `rows` rows of what `forward` gave, [rows × vocab].

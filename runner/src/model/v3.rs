@@ -12,15 +12,15 @@
 use berth_kernels::{Linear, Router, Scoring, StoredMatrix};
 
 use super::{
-    chunk::{Chunk, Outside, Phase, Rows},
+    chunk::{Batches, Chunk, Outside, Phase, Rows, with_rows},
     config::V3Config,
     dense::Dense,
-    experts::{Choice, ExpertLayer},
+    experts::{Choice, ExpertLayer, Underway},
     latent::{attention::Attention, cache::Cache},
     linear::{Source, apply, embed},
     maths::add,
     norm::Norm,
-    rope::Rope,
+    rope::{Angles, Rope},
 };
 use crate::{
     error::{ModelError, StepError},
@@ -52,6 +52,26 @@ enum Feed {
     Experts(ExpertLayer),
 }
 
+/// A batch on its way through the layers.
+struct Batch<'a> {
+    chunks: Vec<Chunk<'a, Cache>>,
+    rows: Rows,
+    angles: Vec<Angles>,
+    /// The residual stream, [rows × hidden].
+    x: Vec<f32>,
+    /// The last layer's experts, whose output `x` still lacks.
+    underway: Option<Underway>,
+}
+
+impl Batch<'_> {
+    fn settle(&mut self, ended: &dyn Fn(Phase)) -> Result<(), StepError> {
+        if let Some(underway) = self.underway.take() {
+            add(&mut self.x, &underway.finish(ended)?);
+        }
+        Ok(())
+    }
+}
+
 impl V3 {
     /// Loads everything but the routed experts.
     ///
@@ -80,36 +100,52 @@ impl V3 {
         Cache::of(self.config.layers, &self.config.attention)
     }
 
-    /// Runs the chunks through all layers: the residual stream, [tokens of all chunks × hidden].
+    /// Runs the batches through all layers, by turns: the residual stream, [tokens of all chunks × hidden].
     ///
     /// # Errors
     /// What routed experts give, and what the layers' maths gives.
     pub(crate) fn forward(
         &self,
-        chunks: &mut [Chunk<'_, Cache>],
+        batches: Batches<'_, Cache>,
         outside: &mut Outside<'_>,
     ) -> Result<Vec<f32>, StepError> {
-        let rows = Rows::of(chunks);
+        let mut batches: Vec<_> =
+            with_rows(batches).into_iter().map(|(chunks, rows)| self.begin(chunks, rows)).collect();
+        (outside.ended)(Phase::Embedding);
+        for (index, layer) in self.layers.iter().enumerate() {
+            for batch in &mut batches {
+                batch.settle(outside.ended)?;
+                let h = layer.before_attention.apply(&batch.x);
+                let chunks = &mut batch.chunks;
+                let attended = layer.attention.forward(index, &h, chunks, &batch.angles, outside.ended)?;
+                add(&mut batch.x, &attended);
+                let h = layer.before_feed.apply(&batch.x);
+                match &layer.feed {
+                    Feed::Dense(dense) => {
+                        add(&mut batch.x, &dense.forward(&h, batch.rows.len())?);
+                        (outside.ended)(Phase::Dense);
+                    }
+                    Feed::Experts(experts) => {
+                        batch.underway = Some(experts.begin(index, &h, &batch.rows, outside)?);
+                    }
+                }
+            }
+        }
+        let mut x = Vec::new();
+        for mut batch in batches {
+            batch.settle(outside.ended)?;
+            x.append(&mut batch.x);
+        }
+        Ok(x)
+    }
+
+    fn begin<'a>(&self, chunks: Vec<Chunk<'a, Cache>>, rows: Rows) -> Batch<'a> {
         let mut x = Vec::with_capacity(rows.len() * self.config.hidden);
         for token in &rows.tokens {
             embed(&self.embedding, usize_of(*token), &mut x);
         }
-        let angles: Vec<_> = rows.positions.iter().map(|position| self.rope.angles(*position)).collect();
-        (outside.ended)(Phase::Embedding);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let h = layer.before_attention.apply(&x);
-            let attended = layer.attention.forward(index, &h, chunks, &angles, outside.ended)?;
-            add(&mut x, &attended);
-            let h = layer.before_feed.apply(&x);
-            match &layer.feed {
-                Feed::Dense(dense) => {
-                    add(&mut x, &dense.forward(&h, rows.len())?);
-                    (outside.ended)(Phase::Dense);
-                }
-                Feed::Experts(experts) => add(&mut x, &experts.forward(index, &h, &rows, outside)?),
-            }
-        }
-        Ok(x)
+        let angles = rows.positions.iter().map(|position| self.rope.angles(*position)).collect();
+        Batch { chunks, rows, angles, x, underway: None }
     }
 
     /// Logits of `rows` rows of the residual stream, [rows × vocab].

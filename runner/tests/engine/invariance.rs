@@ -2,10 +2,17 @@
 
 use std::{
     path::Path,
-    sync::{Arc, LazyLock},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use berth_runner::engine::{Engine, EngineConfig, Reason, Request};
+use berth_runner::{
+    engine::{Engine, EngineConfig, Reason, Request},
+    error::ExpertsError,
+    experts::{ExpertCalls, LocalExperts, StepCalls},
+};
 use proptest::prelude::*;
 
 use crate::tiny::{self, Loaded, Outcome};
@@ -73,6 +80,43 @@ fn a_later_token_never_changes_an_earlier_position() {
         let short = alone(loaded, &[0, 7, 9], 1, 8);
         let long = alone(loaded, &[0, 7, 9, 200, 3], 1, 8);
         assert_eq!(short.trace[..3], long.trace[..3]);
+    }
+}
+
+/// Experts of this process, from when the gate is opened.
+#[derive(Debug)]
+struct Gated(LocalExperts, AtomicBool);
+
+impl ExpertCalls for Gated {
+    fn ready(&self) -> bool {
+        self.1.load(Ordering::Acquire)
+    }
+
+    fn begin(&self) -> Result<Box<dyn StepCalls>, ExpertsError> {
+        self.0.begin()
+    }
+}
+
+/// Prompts long enough that an expert gets 16 rows of either half of a step: then it is cut in two.
+#[test]
+fn a_step_that_is_cut_in_two_changes_nothing() {
+    for loaded in MODELS.iter() {
+        let gated = Arc::new(Gated(loaded.local.clone(), AtomicBool::new(false)));
+        let experts: Arc<dyn ExpertCalls> = gated.clone();
+        let engine = tiny::engine(&loaded.model, experts, 80);
+        let prompt = |at: u32| (0..70 + at).map(|token| (token * 37 + at * 11) % 258).collect::<Vec<u32>>();
+        let requests: Vec<_> = (0..5)
+            .map(|at| Request { prompt_ids: prompt(at), max_tokens: 1, ignore_eos: true, trace: true, deadline: None })
+            .map(|request| engine.generate(request))
+            .collect();
+        gated.1.store(true, Ordering::Release);
+        let together: Vec<_> = requests.into_iter().map(tiny::collect).collect();
+        // The first took part in one step, which made two calls per layer.
+        let layers = u64::try_from(loaded.model.expert_layers().len()).unwrap();
+        assert_eq!(together[0].finished.counts.calls, 2 * layers);
+        for (at, together) in (0..).zip(together) {
+            assert_eq!(together.trace, alone(loaded, &prompt(at), 1, 128).trace);
+        }
     }
 }
 

@@ -34,12 +34,12 @@ use self::{
     attention::{Attention, Turning},
     cache::{Cache, CacheShape},
     config::V4Config,
-    streams::{HyperConnection, StreamsHead},
+    streams::{HyperConnection, Mix, StreamsHead},
 };
 use super::{
-    chunk::{Chunk, Outside, Phase, Rows},
+    chunk::{Batches, Chunk, Outside, Phase, Rows, with_rows},
     dense::Dense,
-    experts::{Choice, ExpertLayer},
+    experts::{Choice, ExpertLayer, Underway},
     linear::{Source, apply, embed},
     norm::Norm,
     rope::Rope,
@@ -71,6 +71,27 @@ struct Layer {
     around_experts: HyperConnection,
     before_experts: Norm,
     experts: ExpertLayer,
+}
+
+/// A batch on its way through the layers.
+struct Batch<'a> {
+    chunks: Vec<Chunk<'a, Cache>>,
+    rows: Rows,
+    turning: Turning<'a>,
+    /// The streams, [rows × n · hidden].
+    x: Vec<f32>,
+    /// The last layer's experts, whose output the streams still lack.
+    underway: Option<(Underway, &'a HyperConnection, Mix)>,
+}
+
+impl Batch<'_> {
+    fn settle(&mut self, ended: &dyn Fn(Phase)) -> Result<(), StepError> {
+        if let Some((underway, connection, mix)) = self.underway.take() {
+            connection.leave(&mut self.x, &underway.finish(ended)?, &mix);
+            ended(Phase::Streams);
+        }
+        Ok(())
+    }
 }
 
 impl V4 {
@@ -106,16 +127,42 @@ impl V4 {
         &self.shape
     }
 
-    /// Runs the chunks through all layers: the streams, [tokens of all chunks × n · hidden].
+    /// Runs the batches through all layers, by turns: the streams, [tokens of all chunks × n · hidden].
     ///
     /// # Errors
     /// What routed experts give, and what the layers' maths gives.
     pub(crate) fn forward(
         &self,
-        chunks: &mut [Chunk<'_, Cache>],
+        batches: Batches<'_, Cache>,
         outside: &mut Outside<'_>,
     ) -> Result<Vec<f32>, StepError> {
-        let rows = Rows::of(chunks);
+        let mut batches: Vec<_> =
+            with_rows(batches).into_iter().map(|(chunks, rows)| self.begin(chunks, rows)).collect();
+        (outside.ended)(Phase::Embedding);
+        for (index, layer) in self.layers.iter().enumerate() {
+            for batch in &mut batches {
+                batch.settle(outside.ended)?;
+                let (mut h, mix) = layer.around_attention.enter(&batch.x, batch.rows.len())?;
+                layer.before_attention.apply_in_place(&mut h);
+                (outside.ended)(Phase::Streams);
+                let out = layer.attention.forward(index, &h, &mut batch.chunks, &batch.turning, outside.ended)?;
+                layer.around_attention.leave(&mut batch.x, &out, &mix);
+                let (mut h, mix) = layer.around_experts.enter(&batch.x, batch.rows.len())?;
+                layer.before_experts.apply_in_place(&mut h);
+                (outside.ended)(Phase::Streams);
+                let underway = layer.experts.begin(index, &h, &batch.rows, outside)?;
+                batch.underway = Some((underway, &layer.around_experts, mix));
+            }
+        }
+        let mut x = Vec::new();
+        for mut batch in batches {
+            batch.settle(outside.ended)?;
+            x.append(&mut batch.x);
+        }
+        Ok(x)
+    }
+
+    fn begin<'a>(&'a self, chunks: Vec<Chunk<'a, Cache>>, rows: Rows) -> Batch<'a> {
         let mut x = Vec::with_capacity(rows.len() * self.config.streams.count * self.config.hidden);
         for token in &rows.tokens {
             for _ in 0..self.config.streams.count {
@@ -124,21 +171,7 @@ impl V4 {
         }
         let angles = |rope: &Rope| rows.positions.iter().map(|position| rope.angles(*position)).collect();
         let turning = Turning { main: angles(&self.main), compress: angles(&self.compress), rope: &self.compress };
-        (outside.ended)(Phase::Embedding);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let (mut h, mix) = layer.around_attention.enter(&x, rows.len())?;
-            layer.before_attention.apply_in_place(&mut h);
-            (outside.ended)(Phase::Streams);
-            let out = layer.attention.forward(index, &h, chunks, &turning, outside.ended)?;
-            layer.around_attention.leave(&mut x, &out, &mix);
-            let (mut h, mix) = layer.around_experts.enter(&x, rows.len())?;
-            layer.before_experts.apply_in_place(&mut h);
-            (outside.ended)(Phase::Streams);
-            let out = layer.experts.forward(index, &h, &rows, outside)?;
-            layer.around_experts.leave(&mut x, &out, &mix);
-            (outside.ended)(Phase::Streams);
-        }
-        Ok(x)
+        Batch { chunks, rows, turning, x, underway: None }
     }
 
     /// Logits of `rows` rows of the streams, [rows × vocab].
