@@ -277,5 +277,6 @@ fn unknown(local: &str) -> DeviceInfo {
         card: local.to_owned(),
         pci: local.parse().ok(),
         reset_group: None,
+        driver_branch: None,
     }
 }

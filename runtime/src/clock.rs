@@ -87,8 +87,27 @@ impl Clock {
                 None => std::future::pending().await,
             },
             Kind::Discrete(discrete) => {
-                Sleep { discrete: Arc::clone(discrete), deadline, key: None }.await;
+                Sleep { discrete: Arc::clone(discrete), deadline, idle: false, key: None }.await;
             }
+        }
+    }
+
+    /// As [`Clock::sleep_until`], for a look that only repeats the one before: while [`Clock::leap`] is allowed,
+    /// discrete time may pass over it, and it returns a little late.
+    pub async fn idle_until(&self, deadline: Duration) {
+        match &self.0 {
+            Kind::Real(_) => self.sleep_until(deadline).await,
+            Kind::Discrete(discrete) => {
+                Sleep { discrete: Arc::clone(discrete), deadline, idle: true, key: None }.await;
+            }
+        }
+    }
+
+    /// Lets discrete time pass over idle looks, at most `stride` at once; `None` = no longer. Whoever allows it
+    /// vouches that nothing changes that such a look could see. Does nothing on a real clock.
+    pub fn leap(&self, stride: Option<Duration>) {
+        if let Kind::Discrete(discrete) = &self.0 {
+            discrete.lock().stride = stride;
         }
     }
 
@@ -204,12 +223,27 @@ struct State {
     /// Distinguishes timers of one moment and keeps the order in which they were set.
     next_id: u64,
     timers: BTreeMap<(Duration, u64), Sleeper>,
+    /// How far time may go at once over looks that only repeat.
+    stride: Option<Duration>,
     idle: Option<Waker>,
+}
+
+impl State {
+    /// The moment to go to: the earliest timer, or, where leaps are allowed, the earliest that is no idle look.
+    fn next(&self) -> Option<Duration> {
+        let (first, _) = *self.timers.first_key_value()?.0;
+        let Some(stride) = self.stride else { return Some(first) };
+        let firm = self.timers.iter().find(|(_, sleeper)| !matches!(sleeper, Sleeper::Idle(_)));
+        let most = self.now.saturating_add(stride);
+        Some(firm.map_or(most, |(key, _)| key.0.min(most)).max(first))
+    }
 }
 
 #[derive(Debug)]
 enum Sleeper {
     Task(Waker),
+    /// A task whose look only repeats.
+    Idle(Waker),
     /// Gets its place in `in_flight` back in the same step that reaches its moment.
     Thread,
 }
@@ -236,14 +270,14 @@ impl Discrete {
             if state.in_flight > 0 {
                 return None;
             }
-            let (next, _) = *state.timers.first_key_value()?.0;
+            let next = state.next()?;
             state.now = state.now.max(next);
             while let Some(entry) = state.timers.first_entry() {
                 if entry.key().0 > next {
                     break;
                 }
                 match entry.remove() {
-                    Sleeper::Task(waker) => woken.push(waker),
+                    Sleeper::Task(waker) | Sleeper::Idle(waker) => woken.push(waker),
                     Sleeper::Thread => state.in_flight += 1,
                 }
             }
@@ -272,6 +306,7 @@ impl Discrete {
 struct Sleep {
     discrete: Arc<Discrete>,
     deadline: Duration,
+    idle: bool,
     key: Option<(Duration, u64)>,
 }
 
@@ -288,7 +323,8 @@ impl Future for Sleep {
             state.next_id += 1;
             (this.deadline, state.next_id)
         });
-        state.timers.insert(key, Sleeper::Task(cx.waker().clone()));
+        let waker = cx.waker().clone();
+        state.timers.insert(key, if this.idle { Sleeper::Idle(waker) } else { Sleeper::Task(waker) });
         Poll::Pending
     }
 }
@@ -308,6 +344,34 @@ mod tests {
     use tokio::sync::{mpsc, oneshot};
 
     const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn leaps_pass_over_idle_looks_and_never_over_anything_else() {
+        let clock = Clock::discrete();
+        let main = clock.clone();
+        let (looks, firm, last) = clock
+            .run(async move {
+                let looked = Arc::new(Mutex::new(0_u32));
+                let (inner, count) = (main.clone(), Arc::clone(&looked));
+                tokio::spawn(async move {
+                    loop {
+                        inner.idle_until(inner.now() + Duration::from_secs(5)).await;
+                        *count.lock().unwrap() += 1;
+                    }
+                });
+                main.leap(Some(HOUR));
+                main.sleep(HOUR * 10).await;
+                let firm = main.now();
+                main.leap(None);
+                let looks = *looked.lock().unwrap();
+                main.sleep(Duration::from_secs(50)).await;
+                let after = *looked.lock().unwrap() - looks;
+                (looks, firm, after)
+            })
+            .unwrap();
+        assert_eq!(firm, HOUR * 10);
+        assert!((9..=11).contains(&looks) && (9..=11).contains(&last), "{looks} {last}");
+    }
 
     #[test]
     fn discrete_time_jumps_to_each_timer_in_order() {

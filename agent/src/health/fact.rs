@@ -80,6 +80,8 @@ pub struct DeviceInfo {
     pub pci: Option<PciAddress>,
     /// Devices with the same group can only be reset together; `None` = it resets alone.
     pub reset_group: Option<String>,
+    /// First number of the driver's version.
+    pub driver_branch: Option<u16>,
 }
 
 /// Who told of an XID.

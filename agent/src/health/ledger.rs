@@ -188,7 +188,10 @@ impl Ledger {
             // Whatever it is, it was not said before.
             self.said.entry(Subject::Device(local.clone())).or_default();
         }
+        let blamed = matches!(what, What::Reading(_))
+            && self.devices.iter().any(|(other, device)| other != local && device.link_fault());
         let device = self.devices.entry(local.clone()).or_insert_with(|| Device::new(fresh, self.settings));
+        device.other_end_blamed = blamed;
         let mut effects = Vec::new();
         device.take(now, what, &mut effects);
         self.follow(now, local, effects, outcome);

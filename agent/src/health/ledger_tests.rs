@@ -29,6 +29,7 @@ fn info(local: &str) -> DeviceInfo {
         card: local.to_owned(),
         pci: local.parse().ok(),
         reset_group: None,
+        driver_branch: None,
     }
 }
 

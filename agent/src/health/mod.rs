@@ -12,9 +12,12 @@ pub mod ledger;
 pub mod log;
 pub mod neighbours;
 pub mod nvlink;
+mod nvlink5;
 pub mod nvrm;
 pub mod switch;
 pub mod tail;
 
 #[cfg(test)]
 mod ledger_tests;
+#[cfg(test)]
+mod npu_tests;

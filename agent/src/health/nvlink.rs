@@ -1,13 +1,18 @@
 //! XIDs of the scale-up fabric: whether this end is at fault. NVLink 4 and older by the register bits of
-//! XID 74 (NVIDIA's resolution table), later ones by the severity that the line prints.
+//! XID 74 (NVIDIA's resolution table), later ones by NVIDIA's rules (`nvlink5`).
 
-use super::fact::Xid;
+use super::{
+    fact::{Source, Xid},
+    nvlink5,
+};
 
 /// Who is to blame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// This device, or its link.
     Ours,
+    /// The other end of its link.
+    Peer,
     /// This device, and the link still works.
     Lesser,
     /// It follows from another error; alone it is only said.
@@ -31,12 +36,18 @@ const fn bits(list: &[u32]) -> u32 {
     mask
 }
 
-/// Judges any XID; one that is not of the fabric is its device's own.
+/// Whether a line of the kernel log may still tell which end an event blames: events bring a number alone.
 #[must_use]
-pub fn judge(xid: &Xid) -> Verdict {
+pub fn line_decides(xid: &Xid) -> bool {
+    xid.source == Source::Event && matches!(xid.number, 74 | 144..=150)
+}
+
+/// Judges any XID under a driver of this branch; one that is not of the fabric is its device's own.
+#[must_use]
+pub fn judge(xid: &Xid, branch: Option<u16>) -> Verdict {
     match xid.number {
         74 => by_registers(&xid.message),
-        144..=150 if xid.message.split_whitespace().any(|word| word == "Nonfatal") => Verdict::Lesser,
+        144..=150 => nvlink5::judge(xid.number, &xid.message, branch),
         _ => Verdict::Ours,
     }
 }

@@ -74,7 +74,7 @@ impl<D: Readable> Poller<D> {
             // Both arms only wait.
             tokio::select! {
                 () = self.bell.notified() => {}
-                () = self.clock.sleep_until(begun.saturating_add(POLL)) => {}
+                () = self.clock.idle_until(begun.saturating_add(POLL)) => {}
             }
         }
     }

@@ -95,6 +95,12 @@ fn install(script: &Script, from: &Vendored, to: &Path, clock: &Clock) -> anyhow
     Double::open(to, &script.header.to_string(), clock).map(Some)
 }
 
+/// Stretches longer than this without a line or a report are run through in strides: no poll can see
+/// anything new then.
+const QUIET: Duration = Duration::from_secs(1200);
+/// Polls are so far apart then.
+const STRIDE: Duration = Duration::from_secs(3600);
+
 /// Renames an exported symbol in the library's string table, so that nobody finds it.
 fn hide(bytes: &mut [u8], symbol: &str) {
     let name = format!("\0{symbol}\0").into_bytes();
@@ -140,15 +146,14 @@ impl Lab {
         let zero = self.clock.now();
         let mut said: Vec<Said> = drain(&mut reports, zero, true);
         for event in self.script.events.iter().skip_while(|event| event.at_us < 0) {
-            self.clock.sleep_until(moment(zero, event.at_us)).await;
-            said.extend(drain(&mut reports, zero, false));
+            self.pass(moment(zero, event.at_us), zero, &mut reports, &mut said).await;
             self.now(event, &records, &observation, &mut sequence)
                 .await
                 .with_context(|| format!("line {}", event.line))?;
             self.clock.sleep(STEP).await;
         }
-        self.clock.sleep_until(moment(zero, self.script.end_us()).saturating_add(STEP)).await;
-        said.extend(drain(&mut reports, zero, false));
+        let end = moment(zero, self.script.end_us()).saturating_add(STEP);
+        self.pass(end, zero, &mut reports, &mut said).await;
         stop.cancel();
         self.doubles.values().for_each(Double::stop);
         Ok(said)
@@ -171,6 +176,27 @@ impl Lab {
 
     fn apply(&self, vendor: Vendor, line: &str) -> anyhow::Result<()> {
         self.doubles.get(&vendor).map_or(Ok(()), |double| double.apply(line))
+    }
+
+    /// Lets time pass until `end`, and collects what is said.
+    async fn pass(&self, end: Duration, zero: Duration, reports: &mut Reports, said: &mut Vec<Said>) {
+        loop {
+            self.clock.sleep_until(self.clock.now().saturating_add(QUIET).min(end)).await;
+            said.extend(drain(reports, zero, false));
+            if self.clock.now() >= end {
+                return;
+            }
+            // A call that hangs changes what is known of a device without a line.
+            let stride = (!self.script.hangs).then_some(STRIDE);
+            self.clock.leap(stride);
+            // Cancel-safe: `recv` loses nothing, the other only waits.
+            tokio::select! {
+                biased;
+                report = reports.recv() => said.extend(report.map(|report| of(report, zero, false))),
+                () = self.clock.sleep_until(end) => {}
+            }
+            self.clock.leap(None);
+        }
     }
 
     /// An event from before the agent started: records wait in the ring, settings hold, the rest is gone.
@@ -220,13 +246,15 @@ impl Lab {
     }
 }
 
-fn drain(reports: &mut tokio::sync::mpsc::UnboundedReceiver<Report>, zero: Duration, initial: bool) -> Vec<Said> {
-    let mut said = Vec::new();
-    while let Ok(report) = reports.try_recv() {
-        let after = i64::try_from(report.at.saturating_sub(zero).as_micros()).unwrap_or(i64::MAX);
-        said.push(Said { at_us: after, report, initial });
-    }
-    said
+type Reports = tokio::sync::mpsc::UnboundedReceiver<Report>;
+
+fn drain(reports: &mut Reports, zero: Duration, initial: bool) -> Vec<Said> {
+    std::iter::from_fn(|| reports.try_recv().ok()).map(|report| of(report, zero, initial)).collect()
+}
+
+fn of(report: Report, zero: Duration, initial: bool) -> Said {
+    let after = i64::try_from(report.at.saturating_sub(zero).as_micros()).unwrap_or(i64::MAX);
+    Said { at_us: after, report, initial }
 }
 
 fn moment(zero: Duration, at_us: i64) -> Duration {

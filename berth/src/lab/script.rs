@@ -19,6 +19,8 @@ pub(super) struct Script {
     pub(super) events: Vec<Event>,
     /// What must hold.
     pub(super) expectations: Vec<Expectation>,
+    /// Some call hangs at some time.
+    pub(super) hangs: bool,
 }
 
 /// A declared device.
@@ -114,7 +116,7 @@ impl Script {
         let (_, first) = lines.next().context("line 1: the script is empty: it begins with the node's devices")?;
         let header: Value = serde_json::from_str(first).context("line 1")?;
         let devices = read_header(&header).context("line 1")?;
-        let mut script = Self { header, devices, events: Vec::new(), expectations: Vec::new() };
+        let mut script = Self { header, devices, events: Vec::new(), expectations: Vec::new(), hangs: false };
         for (at, text) in lines {
             let line = at.saturating_add(1);
             script.read_line(line, text).with_context(|| format!("line {line}"))?;
@@ -174,7 +176,7 @@ impl Script {
         Ok(())
     }
 
-    fn what(&self, text: &str, fields: &Map<String, Value>) -> anyhow::Result<Option<What>> {
+    fn what(&mut self, text: &str, fields: &Map<String, Value>) -> anyhow::Result<Option<What>> {
         if fields.contains_key("speed") {
             // Time is discrete: it needs no speed.
             return Ok(None);
@@ -189,10 +191,12 @@ impl Script {
         }
         if let Some(device) = fields.get("nvml") {
             self.device(device).context("field nvml")?;
+            self.hangs |= fields.get("set").is_some_and(|set| set.get("hang_ms").is_some());
             return Ok(Some(What::Double(Vendor::Nvidia, text.to_owned())));
         }
         if let Some(device) = fields.get("dcmi") {
             self.device(device).context("field dcmi")?;
+            self.hangs |= fields.get("set").is_some_and(|set| set.get("hang_ms").is_some());
             return Ok(Some(What::Double(Vendor::Ascend, text.to_owned())));
         }
         if fields.contains_key("switch") {

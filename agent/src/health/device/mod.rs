@@ -88,6 +88,8 @@ pub struct Device {
     corrected: VecDeque<(Duration, u64)>,
     clique: Option<Option<u32>>,
     npu: npu::Npu,
+    /// Another device of the node has a link down by its own fault.
+    pub(crate) other_end_blamed: bool,
     /// Facts come from the time before the agent started.
     replaying: bool,
     settings: Settings,
@@ -190,6 +192,14 @@ impl Device {
     pub fn fabric_fault(&self, now: Duration) -> bool {
         let open = |reason| self.conditions.iter().any(|((of, _), condition)| *of == reason && condition.explains(now));
         open(Reason::FabricLinkDown) || open(Reason::FabricDegraded)
+    }
+
+    /// Whether a link is down by this device's own fault.
+    #[must_use]
+    pub fn link_fault(&self) -> bool {
+        let key = (Reason::FabricLinkDown, Origin::Vendor);
+        let own = |open: &Condition| open.clears == Clears::Probe && !matches!(open.phase, Phase::Probation(_));
+        self.conditions.get(&key).is_some_and(own)
     }
 
     /// Whether a program failed here within a day.

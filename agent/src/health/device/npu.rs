@@ -41,6 +41,8 @@ pub(super) struct Npu {
     counts: BTreeMap<u32, (Duration, u32)>,
     /// Codes that separated the device until they are quiet for so long, and when they last were not.
     quiet: BTreeMap<u32, (Duration, Duration)>,
+    /// The port's bad health belongs to a fault of a switch.
+    pub(super) network_joined: bool,
     /// When a code last left the list.
     pub(super) ended: Option<Duration>,
 }
@@ -306,7 +308,8 @@ impl Device {
             Some((active.reason?, Origin::Code(*code), active.since, worse))
         });
         let network = self.conditions.get(&(Reason::NetworkDown, Origin::Vendor));
-        let network = network.filter(|network| network.phase == Phase::Active).map(|network| network.since);
+        let network = network.filter(|network| network.phase == Phase::Active && !self.npu.network_joined);
+        let network = network.map(|network| network.since);
         let network = network.map(|since| (Reason::NetworkDown, Origin::Vendor, since, (DOWN_LIMIT, down)));
         for (reason, origin, since, (limit, words)) in codes.chain(network).collect::<Vec<_>>() {
             if now.saturating_sub(since) >= limit
@@ -351,8 +354,10 @@ impl Device {
 
     fn lasting_deadline(&self) -> Option<Duration> {
         let network = self.conditions.get(&(Reason::NetworkDown, Origin::Vendor));
-        let network = network
-            .filter(|network| network.phase == Phase::Active && network.words.admission == Admission::Schedulable);
+        let network = network.filter(|network| {
+            let waits = network.words.admission == Admission::Schedulable && !self.npu.network_joined;
+            network.phase == Phase::Active && waits
+        });
         let codes = self.npu.active.iter().filter_map(|(code, active)| {
             let condition = self.conditions.get(&(active.reason?, Origin::Code(*code)))?;
             let waits = condition.words.admission == Admission::Schedulable && !active.joined;
@@ -388,6 +393,9 @@ impl Device {
             let link = matches!(active.reason, Some(Reason::NetworkDown | Reason::FabricLinkDown));
             active.joined |= link && active.since.abs_diff(at) <= within;
         }
+        let network = self.conditions.get(&(Reason::NetworkDown, Origin::Vendor));
+        self.npu.network_joined =
+            network.is_some_and(|network| self.npu.network_joined || network.since.abs_diff(at) <= within);
     }
 
     /// Whether an event of `code` is not borne out yet.

@@ -142,7 +142,7 @@ impl Device {
 
     fn read_fabric(&mut self, now: Duration, reading: &Reading) {
         let known = self.conditions.contains_key(&(Reason::FabricLinkDown, Origin::Vendor));
-        if !reading.links_down.is_empty() && !known && self.resetting.is_none() {
+        if !reading.links_down.is_empty() && !known && self.resetting.is_none() && !self.awaits_line() {
             let row = Row { reason: Reason::FabricLinkDown, words: catalog::RESET, clears: Clears::Probe };
             self.begin(now, row, Origin::Vendor, &format!("NVLink {:?} inactive", reading.links_down));
         }
@@ -175,7 +175,7 @@ impl Device {
             .fabric
             .value()
             .is_none_or(|fabric| !fabric.unhealthy && self.clique.is_none_or(|first| first == fabric.clique));
-        let probation = self.settings.probation;
+        let (probation, blamed) = (self.settings.probation, self.other_end_blamed);
         self.conditions.retain(|(reason, origin), condition| {
             if condition.phase != Phase::Active || *origin != Origin::Vendor || last.begun < condition.last {
                 return true;
@@ -186,6 +186,8 @@ impl Device {
                 Reason::ThermalThrottle => cool,
                 Reason::PowerFault => powered,
                 Reason::FabricDegraded => joined && quiet,
+                // The innocent end of a link, once the link is up and nobody else of the node is to blame.
+                Reason::FabricLinkDown => last.links_down.is_empty() && !blamed,
                 Reason::PcieFault => quiet,
                 Reason::EngineFault => last.recovery.value() == Some(0),
                 _ => false,

@@ -194,6 +194,13 @@ impl Device {
         let Read::Value(network) = reading.network else { return };
         let key = (Reason::NetworkDown, Origin::Vendor);
         let known = self.conditions.get(&key).map(|known| (known.phase, known.words.admission));
+        // The port's own alarm says it already.
+        let said = self.conditions.iter().any(|((reason, origin), condition)| {
+            *reason == Reason::NetworkDown && *origin != Origin::Vendor && condition.phase == Phase::Active
+        });
+        if known.is_none() && said {
+            return;
+        }
         match (network, known) {
             (6, _) | (0, None | Some((Phase::Held(_) | Phase::Probation(_), _))) => {}
             (0, Some((Phase::Active, Admission::Schedulable))) => self.end(Reason::NetworkDown, Origin::Vendor),

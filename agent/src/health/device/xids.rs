@@ -7,7 +7,7 @@ use berth_types::{Action, Admission, Reason, Scope};
 use super::{Device, Effect};
 use crate::health::{
     catalog::{self, Row, Treat},
-    condition::{Clears, DAY, Origin, WINDOW},
+    condition::{Clears, DAY, Origin, WINDOW, Words},
     fact::{Source, Xid},
     nvlink,
 };
@@ -29,6 +29,8 @@ pub(super) enum Waiting {
     Note { xid: Xid, reason: Reason, until: Duration },
     /// A code that the driver's recovery action decides.
     Driver { xid: Xid, firm: Row, soft: Option<Row>, at: Duration, until: Duration },
+    /// An event of a link whose line may tell which end is at fault.
+    Line { xid: Xid, row: Row, until: Duration },
     /// A link error that follows from another.
     Secondary { evidence: String, until: Duration },
 }
@@ -36,7 +38,10 @@ pub(super) enum Waiting {
 impl Waiting {
     pub(super) fn until(&self) -> Duration {
         match self {
-            Self::Note { until, .. } | Self::Driver { until, .. } | Self::Secondary { until, .. } => *until,
+            Self::Note { until, .. }
+            | Self::Driver { until, .. }
+            | Self::Line { until, .. }
+            | Self::Secondary { until, .. } => *until,
         }
     }
 }
@@ -75,8 +80,12 @@ impl Device {
                     self.note_soon(now, xid, Reason::MemoryUncorrectable, effects);
                 }
             }
+            Treat::Device(row) if nvlink::line_decides(xid) => {
+                let until = now.saturating_add(PATIENCE);
+                self.waiting.push(Waiting::Line { xid: xid.clone(), row, until });
+            }
             Treat::Device(row) => {
-                self.device_row(now, xid, row, effects);
+                self.device_row(now, xid, row);
                 effects.push(Effect::Reread);
             }
             Treat::Driver(firm, soft) => self.ask_driver(now, xid, firm, soft, effects),
@@ -125,6 +134,14 @@ impl Device {
         for condition in self.conditions.values_mut().filter(|condition| condition.evidence == bare) {
             condition.evidence = xid.evidence();
         }
+        let line = self
+            .waiting
+            .iter()
+            .position(|waiting| matches!(waiting, Waiting::Line { xid: known, .. } if known.number == xid.number));
+        if let Some(Waiting::Line { row, .. }) = line.map(|at| self.waiting.remove(at)) {
+            self.device_row(now, xid, row);
+            effects.push(Effect::Reread);
+        }
         let mut ready = Vec::new();
         for waiting in &mut self.waiting {
             if let Waiting::Note { xid: known, until, .. } = waiting
@@ -142,8 +159,15 @@ impl Device {
         }
     }
 
-    fn device_row(&mut self, now: Duration, xid: &Xid, row: Row, effects: &mut Vec<Effect>) {
-        match nvlink::judge(xid) {
+    fn device_row(&mut self, now: Duration, xid: &Xid, row: Row) {
+        let branch = self.info.as_ref().and_then(|info| info.driver_branch);
+        match nvlink::judge(xid, branch) {
+            nvlink::Verdict::Peer => {
+                // Nothing is wrong here but the link, and that is the other end's to repair.
+                let words = Words { admission: Admission::Draining, ..catalog::WATCH };
+                let row = Row { reason: Reason::FabricLinkDown, words, clears: Clears::Reading };
+                self.begin(now, row, Origin::Vendor, &xid.evidence());
+            }
             nvlink::Verdict::Ours => self.begin(now, row, Origin::Vendor, &xid.evidence()),
             nvlink::Verdict::Lesser => {
                 let row = Row { reason: Reason::FabricDegraded, words: catalog::FABRIC, clears: Clears::Reading };
@@ -159,7 +183,11 @@ impl Device {
         if let Some(hang) = hang.filter(|hang| hang.count >= SILENT && matches!(xid.number, 119 | 120)) {
             hang.words.admission = Admission::Barred;
         }
-        let _ = effects;
+    }
+
+    /// Whether a line may still tell which end of a link is at fault.
+    pub(super) fn awaits_line(&self) -> bool {
+        self.waiting.iter().any(|waiting| matches!(waiting, Waiting::Line { .. }))
     }
 
     /// A program's own error, unless something else explains it.
@@ -241,6 +269,10 @@ impl Device {
             match waiting {
                 Waiting::Note { xid, reason, until } if until <= now => self.say(now, &xid, reason, effects),
                 Waiting::Secondary { evidence, until } if until <= now => effects.push(Effect::FabricNote(evidence)),
+                Waiting::Line { xid, row, until } if until <= now => {
+                    self.device_row(now, &xid, row);
+                    effects.push(Effect::Reread);
+                }
                 Waiting::Driver { xid, firm, soft, at, until } => {
                     let read = self.last.as_ref().filter(|last| last.begun >= at);
                     let said = self.recovery_line.filter(|said| *said >= at);

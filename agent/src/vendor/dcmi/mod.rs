@@ -153,6 +153,7 @@ impl Dcmi {
             local: format!("{card}.{device}"),
             vendor: Vendor::Ascend,
             reset_group: self.reset_group(&product, card, device, logic),
+            driver_branch: None,
             product,
             uuid: die.unwrap_or_else(|| serial.clone()),
             memory_bytes: self.api.hbm(at).unwrap_or(0).saturating_mul(1 << 20),
@@ -369,6 +370,7 @@ mod tests {
             card: String::new(),
             pci: None,
             reset_group: None,
+            driver_branch: None,
         };
         Target { info, event_id: None, at: At::First { card, device } }
     }

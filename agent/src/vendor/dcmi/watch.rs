@@ -189,6 +189,7 @@ fn unlisted(card: i32, device: i32, targets: &[Target]) -> (String, DeviceInfo) 
         card: sibling.map_or_else(|| format!("card {card}"), |info| info.card.clone()),
         pci: None,
         reset_group: sibling.and_then(|info| info.reset_group.clone()),
+        driver_branch: None,
     };
     (local, info)
 }
@@ -223,6 +224,6 @@ async fn attend(
             }
         }
         drop(first.take());
-        clock.sleep_until(begun.saturating_add(POLL)).await;
+        clock.idle_until(begun.saturating_add(POLL)).await;
     }
 }

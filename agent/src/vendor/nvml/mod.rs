@@ -129,6 +129,10 @@ impl Nvml {
         self.api.driver().ok()
     }
 
+    fn branch(&self) -> Option<u16> {
+        self.driver()?.split('.').next()?.parse().ok()
+    }
+
     /// Every device that the library lists.
     ///
     /// # Errors
@@ -155,6 +159,7 @@ impl Nvml {
             local,
             pci: Some(pci),
             reset_group: None,
+            driver_branch: self.branch(),
         };
         let links = (0..LINKS).filter(|link| self.api.link_up(handle, *link) == Ok(true)).collect();
         Ok(Target { info, handle, links })

@@ -196,6 +196,7 @@ fn unspoken(address: PciAddress) -> DeviceInfo {
         interconnect_domain: None,
         pci: Some(address),
         reset_group: None,
+        driver_branch: None,
     }
 }
 
