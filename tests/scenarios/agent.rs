@@ -26,16 +26,48 @@ use kube::{
     Api, Client, ResourceExt,
     api::{Patch, PatchParams, PostParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{cluster::eventually, crd_rules};
 
-const NODE: &str = "gpu-07";
 const LOST: &str = "0000:3b:00.0";
 const OTHER: &str = "0000:9d:00.0";
+
+/// A node with two devices, as its double's script lists them.
+struct Kind {
+    node: &'static str,
+    devices: [&'static str; 2],
+    header: Value,
+    /// Where the agent finds the double.
+    library: (&'static str, &'static str),
+}
+
+fn nvidia() -> Kind {
+    let device = |pci: &str| json!({"pci": pci, "uuid": format!("GPU-{pci}"), "product": "NVIDIA H100 80GB HBM3", "memory_bytes": 85_899_345_920_u64});
+    Kind {
+        node: "gpu-07",
+        devices: [LOST, OTHER],
+        header: json!({"nvidia": [device(LOST), device(OTHER)]}),
+        library: ("BERTH_NVML_LIBRARY", "libberth_double_nvml.so"),
+    }
+}
+
+/// Both devices of one card.
+fn ascend() -> Kind {
+    let device = |device: u8| {
+        json!({"card": 3, "device": device, "logic_id": 6 + device, "product": "Ascend910_9392",
+        "hbm_bytes": 68_719_476_736_u64, "superpod": 7, "serial": "1023A", "pci": format!("0000:c{device}:00.0")})
+    };
+    Kind {
+        node: "npu-12",
+        devices: ["3.0", "3.1"],
+        header: json!({"ascend": [device(0), device(1)]}),
+        library: ("BERTH_DCMI_LIBRARY", "libberth_double_dcmi.so"),
+    }
+}
 
 /// What the scheduler heard last, and when.
 #[derive(Clone, Debug, Default)]
@@ -100,17 +132,22 @@ struct World {
     orders: watch::Sender<Option<DesiredShelves>>,
     agent: Child,
     folder: tempfile::TempDir,
+    kind: Kind,
 }
 
 fn built(name: &str) -> PathBuf {
     let path = target_dir().join("debug").join(name);
-    assert!(path.exists(), "{} is missing: cargo build -p berth -p berth-double-nvml", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: cargo build -p berth -p berth-double-nvml -p berth-double-dcmi",
+        path.display()
+    );
     path
 }
 
 impl World {
-    async fn start() -> Self {
-        let plane = ControlPlane::start(ControlPlaneConfig::named("agent")).await.unwrap();
+    async fn start(kind: Kind) -> Self {
+        let plane = ControlPlane::start(ControlPlaneConfig::named(kind.node)).await.unwrap();
         let client = plane.client().unwrap();
         crd_rules::install(&client).await;
         let (hear, heard) = watch::channel(Heard::default());
@@ -120,14 +157,12 @@ impl World {
         let scheduler = ControlServer::new(Scheduler { heard: hear, orders: see_orders });
         let server = tonic::transport::Server::builder().add_service(scheduler);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        set_up(&client, address).await;
+        set_up(&client, kind.node, address).await;
         let folder = tempfile::tempdir().unwrap();
-        let device = |pci: &str| json!({"pci": pci, "uuid": format!("GPU-{pci}"), "product": "NVIDIA H100 80GB HBM3", "memory_bytes": 85_899_345_920_u64});
-        let header = json!({"node": NODE, "nvidia": [device(LOST), device(OTHER)]});
-        fs::write(folder.path().join("script"), format!("{header}\n")).unwrap();
+        fs::write(folder.path().join("script"), format!("{}\n", kind.header)).unwrap();
         fs::write(folder.path().join("kmsg"), "6,1,0,-;Linux version 6.12\n").unwrap();
-        let agent = start_agent(&plane, folder.path());
-        Self { plane, client, heard, orders, agent, folder }
+        let agent = start_agent(&plane, &kind, folder.path());
+        Self { plane, client, heard, orders, agent, folder, kind }
     }
 
     fn node(&self) -> Api<AcceleratorNode> {
@@ -136,9 +171,9 @@ impl World {
 
     async fn host(&self) {
         let node = self.node();
-        eventually("the AcceleratorNode", || async { node.get_opt(NODE).await.unwrap() }).await;
+        eventually("the AcceleratorNode", || async { node.get_opt(self.kind.node).await.unwrap() }).await;
         let spec = json!({"spec": {"native": true}});
-        node.patch(NODE, &PatchParams::default(), &Patch::Merge(&spec)).await.unwrap();
+        node.patch(self.kind.node, &PatchParams::default(), &Patch::Merge(&spec)).await.unwrap();
     }
 
     /// Waits until what was heard holds `check`.
@@ -162,8 +197,9 @@ impl World {
             weights: Some(weights),
             layers: vec![layer(1), layer(2)],
         };
-        let device = |pci| DeviceShelves { device: format!("{NODE}/{pci}"), shelves: vec![shelf.clone()] };
-        let order = DesiredShelves { epoch: 1, sequence: revision, devices: vec![device(LOST), device(OTHER)] };
+        let device =
+            |local| DeviceShelves { device: format!("{}/{local}", self.kind.node), shelves: vec![shelf.clone()] };
+        let order = DesiredShelves { epoch: 1, sequence: revision, devices: self.kind.devices.map(device).into() };
         self.orders.send_replace(Some(order));
     }
 
@@ -177,18 +213,18 @@ fn models() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("data/reference/models").canonicalize().unwrap()
 }
 
-fn start_agent(plane: &ControlPlane, folder: &Path) -> Child {
+fn start_agent(plane: &ControlPlane, kind: &Kind, folder: &Path) -> Child {
     let log = fs::File::create(plane.dir().join("agent.log")).unwrap();
     Command::new(built("berth"))
         .arg("agent")
         .env("KUBECONFIG", plane.kubeconfig())
-        .env("BERTH_NODE_NAME", NODE)
+        .env("BERTH_NODE_NAME", kind.node)
         .env("BERTH_POD_IP", "127.0.0.1")
         .env("BERTH_ADMIN_LISTEN", "127.0.0.1:0")
         .env("BERTH_SCHEDULER_LEASE", "default/berth-scheduler")
         .env("BERTH_WEIGHTS_ROOTS", models())
         .env("BERTH_KMSG", folder.join("kmsg"))
-        .env("BERTH_NVML_LIBRARY", built("libberth_double_nvml.so"))
+        .env(kind.library.0, built(kind.library.1))
         .env("BERTH_DOUBLE_SCRIPT", folder.join("script"))
         .env("BERTH_WORKER_MEMORY", "64MB")
         .env("BERTH_WORKER_THREADS", "1")
@@ -198,9 +234,9 @@ fn start_agent(plane: &ControlPlane, folder: &Path) -> Child {
         .unwrap()
 }
 
-async fn set_up(client: &Client, scheduler: SocketAddr) {
+async fn set_up(client: &Client, name: &str, scheduler: SocketAddr) {
     let node: Node =
-        serde_json::from_value(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}})).unwrap();
+        serde_json::from_value(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}})).unwrap();
     Api::<Node>::all(client.clone()).create(&PostParams::default(), &node).await.unwrap();
     let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
         "metadata": {"name": "berth-scheduler"}, "spec": {"holderIdentity": format!("scheduler-0@{scheduler}")}});
@@ -239,7 +275,7 @@ fn signal(process: u32, signal: nix::sys::signal::Signal) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_hosts_loses_a_device_and_a_worker_and_ends_in_order() {
-    let mut world = World::start().await;
+    let mut world = World::start(nvidia()).await;
     world.hears("a node that hosts nothing yet", |heard| heard.hosting.filter(|hosting| !hosting)).await;
     let first = world.hears("health", |heard| heard.health.clone()).await.1;
     assert_eq!(
@@ -291,7 +327,7 @@ async fn loses_a_device(world: &World) {
     assert!(took < Duration::from_millis(500), "the loss took {took:?} to reach the scheduler");
     let node = world.node();
     let object = eventually("the loss in the object", || async {
-        let object = node.get(NODE).await.unwrap();
+        let object = node.get(world.kind.node).await.unwrap();
         object.status.as_ref().is_some_and(|status| status.summary.schedulable == 1).then_some(object)
     })
     .await;
@@ -318,4 +354,55 @@ async fn loses_a_worker(world: &World) {
     assert_ne!(after.endpoint, before.endpoint);
     let note = world.hears("the note", |heard| heard.health.clone()).await.1;
     assert_eq!(device(&note, OTHER).health, "Healthy", "a worker's death is not its device's");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ascend_agent_hosts_on_both_devices_of_a_card_and_loses_one_with_the_other_drained() {
+    let mut world = World::start(ascend()).await;
+    let [lost, sibling] = world.kind.devices;
+    world.host().await;
+    for local in world.kind.devices {
+        world.serving(local).await;
+    }
+    world.order(1);
+    for local in world.kind.devices {
+        world.hears("experts", |heard| worker(heard, local).filter(|worker| ready(worker, 1))).await;
+    }
+    let node = world.node();
+    let object = eventually("two devices in the object", || async {
+        let object = node.get(world.kind.node).await.unwrap();
+        object.status.as_ref().is_some_and(|status| status.summary.schedulable == 2).then_some(object)
+    })
+    .await;
+    let status = object.status.unwrap();
+    assert_eq!((status.summary.vendor.as_str(), status.summary.domain.as_str()), ("ascend", "superpod-7"));
+    for device in &status.devices {
+        assert_eq!((device.product.as_str(), device.card.as_str()), ("Ascend910_9392", "1023A"));
+    }
+
+    let calls = r#"{"dcmi_get_device_health":-8012,"dcmi_get_device_errorcode_v2":-8012}"#;
+    let written = Instant::now();
+    world.append(
+        "script",
+        &format!(r#"{{"dcmi":[3,0],"set":{{"return":{calls}}},"fault":{{"id":"0x40F84E00","severity":3}}}}"#),
+    );
+    let (at, report) = world
+        .hears("the loss", |heard| {
+            heard.health.clone().filter(|(_, report)| device(report, lost).admission == "Barred")
+        })
+        .await;
+    let (gone, drained) = (device(&report, lost), device(&report, sibling));
+    assert_eq!((gone.action.as_str(), gone.reason.as_str()), ("ResetGroup", "DeviceLost"));
+    assert!(gone.evidence.contains("0x40F84E00"), "{}", gone.evidence);
+    assert_eq!(
+        (drained.health.as_str(), drained.admission.as_str(), drained.scope.as_str()),
+        ("Healthy", "Draining", "card")
+    );
+    let took = at.duration_since(written);
+    assert!(took < Duration::from_millis(500), "the loss took {took:?} to reach the scheduler");
+    let status = tokio::task::spawn_blocking(move || {
+        signal(world.agent.id(), nix::sys::signal::Signal::SIGTERM);
+        world.agent.wait()
+    });
+    assert!(status.await.unwrap().unwrap().success());
 }
