@@ -1,6 +1,7 @@
 //! The chart installed with helm on a cluster of its own: pods become ready, a killed leader is followed, what
 //! the admission policies forbid is refused to real tokens, and uninstalling leaves only what is kept.
 
+mod named;
 mod rights;
 
 use std::{
@@ -222,6 +223,7 @@ async fn a_release_lives_from_install_to_uninstall() {
     an_agent_writes_only_its_own_node(&release, &pods).await;
     the_scheduler_writes_only_reachable(&release, &pods).await;
     rights::a_node_s_token_can_write_nothing_else(&release, &pods).await;
+    named::an_agent_s_token_writes_nothing_by_name(&release, &pods).await;
     rights::all_pods_but_the_agent_s_are_restricted(&release).await;
 
     let (operator, scheduler) = tokio::join!(release.fail_over("operator"), release.fail_over("scheduler"));
