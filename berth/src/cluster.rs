@@ -65,7 +65,9 @@ impl Cluster {
             None if args.context.is_some() => Config::from_kubeconfig(&options).await.map_err(anyhow::Error::from),
             None => Config::infer().await.map_err(anyhow::Error::from),
         };
-        let config = config.context("no cluster: set KUBECONFIG, or give --kubeconfig or --context")?;
+        // The error's text holds its causes already.
+        let config = config
+            .map_err(|error| anyhow!("no cluster: set KUBECONFIG, or give --kubeconfig or --context ({error})"))?;
         let namespace = match &args.namespace {
             _ if args.all_namespaces => None,
             Some(namespace) => Some(namespace.clone()),

@@ -29,7 +29,7 @@ const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/berth");
 /// The installed system, and the binary where kubectl finds plugins.
 struct View {
     cluster: Cluster,
-    plugins: tempfile::TempDir,
+    plugins: PathBuf,
 }
 
 /// What a command answered.
@@ -57,8 +57,9 @@ impl View {
             keep: false,
         };
         let cluster = Cluster::start(&options).await.expect("a cluster");
-        let plugins = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink(cluster.berth(), plugins.path().join("kubectl-berth")).unwrap();
+        let plugins = cluster.dir().join("plugins");
+        std::fs::create_dir(&plugins).unwrap();
+        std::os::unix::fs::symlink(cluster.berth(), plugins.join("kubectl-berth")).unwrap();
         Self { cluster, plugins }
     }
 
@@ -67,11 +68,13 @@ impl View {
         self.ask_with(line, &self.cluster.plane().kubeconfig()).await
     }
 
+    #[expect(clippy::print_stdout, reason = "what a person sees is kept with the test, for people")]
     async fn ask_with(&self, line: &str, kubeconfig: &Path) -> Answer {
         let mut command = self.cluster.plane().kubectl_command();
-        command.arg("berth").args(line.split_whitespace()).env("PATH", self.plugins.path());
+        command.arg("berth").args(line.split_whitespace()).env("PATH", &self.plugins);
         let output = command.env("KUBECONFIG", kubeconfig).output().await.expect("kubectl runs");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        println!("$ kubectl berth {line}\n{}{}", text(&output.stdout), text(&output.stderr));
         Answer { code: output.status.code().unwrap_or(-1), out: text(&output.stdout), err: text(&output.stderr) }
     }
 
@@ -188,7 +191,7 @@ async fn questions_that_cannot_be_answered_say_what_to_do(view: &View) {
     let admin = std::fs::read_to_string(plane.kubeconfig()).unwrap();
     let (before, user) = admin.split_once("  user: {").unwrap();
     let (_, after) = user.split_once('}').unwrap();
-    let path = view.plugins.path().join("powerless");
+    let path = view.cluster.dir().join("powerless.kubeconfig");
     std::fs::write(&path, format!("{before}  user: {{token: {}}}{after}", token.trim())).unwrap();
     let refused = view.ask_with("status -A", &path).await;
     assert!(refused.code == 3 && refused.err.contains("kubectl auth can-i list modeldeployments"), "{refused:?}");

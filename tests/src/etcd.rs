@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::address::free_ports;
+use crate::control_plane::target_dir;
 use crate::tied_process::{EXIT_ON_STDIN_EOF, TiedProcess};
 use crate::{ClusterTool, Error, Result};
 
@@ -44,7 +45,9 @@ impl EtcdServer {
         let tool = tokio::task::spawn_blocking(ClusterTool::locate).await.unwrap_or_else(|panic| {
             std::panic::resume_unwind(panic.into_panic());
         })?;
-        let dir = tempfile::tempdir().map_err(Error::file("make", "a folder for etcd"))?;
+        let parent = target_dir().join("etcd");
+        std::fs::create_dir_all(&parent).map_err(Error::file("make", &parent))?;
+        let dir = tempfile::tempdir_in(&parent).map_err(Error::file("make a folder in", &parent))?;
         if options.tls {
             write_keys(&tool, dir.path())?;
         }

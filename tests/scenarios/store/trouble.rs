@@ -116,6 +116,41 @@ async fn compaction_and_restarts_lose_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_half_written_or_damaged_is_no_map() {
+    let server = EtcdServer::start(EtcdOptions::default()).await.unwrap();
+    let (old, new, subject) = (leader(&server, 1), leader(&server, 2), subject());
+    let large = subject.sized_map(1, 1, 61, 9_000).unwrap();
+    old.create(&subject.uid, &large).await.unwrap();
+    let mut raw = Client::connect([server.url()], None).await.unwrap();
+    let all = etcd_client::GetOptions::new().with_prefix().with_keys_only();
+    let keys = |answer: etcd_client::GetResponse| -> Vec<String> {
+        answer.kvs().iter().map(|pair| pair.key_str().unwrap().to_owned()).collect()
+    };
+    let parts = keys(raw.get("/berth/parts/", Some(all.clone())).await.unwrap());
+    let heads = keys(raw.get("/berth/maps/", Some(all)).await.unwrap());
+    assert_eq!((parts.len(), heads.len()), (2, 1), "{parts:?}");
+
+    // A leader that ended between the parts and the head: the next one writes the revision as its own.
+    raw.delete(heads[0].as_str(), None).await.unwrap();
+    assert!(revisions(&new).await.is_empty());
+    let own = subject.sized_map(2, 1, 61, 9_000).unwrap();
+    new.create(&subject.uid, &own).await.unwrap();
+    assert!(new.list().await.unwrap().iter().all(|(_, map)| map.spec == own.spec));
+
+    // A part that is gone or another's: the revision is not read, and never written again.
+    for damage in [None, Some("{}")] {
+        match damage {
+            None => drop(raw.delete(parts[1].as_str(), None).await.unwrap()),
+            Some(text) => drop(raw.put(parts[1].as_str(), text, None).await.unwrap()),
+        }
+        assert!(revisions(&new).await.is_empty(), "{damage:?}");
+        assert!(matches!(create(&new, 1).await, Err(StoreError::Exists { .. })), "{damage:?}");
+    }
+    create(&new, 2).await.unwrap();
+    assert_eq!(revisions(&new).await, [2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_full_etcd_says_so_and_is_used_again_when_it_has_room() {
     let server = EtcdServer::start(EtcdOptions { quota: Some(8 << 20), ..EtcdOptions::default() }).await.unwrap();
     let (store, subject) = (leader(&server, 1), subject());
