@@ -1,5 +1,4 @@
 //! The ledger over Ascend's facts: what a script cannot vary as freely as a test.
-#![expect(clippy::unwrap_used, reason = "a helper of a test fails it like the test itself")]
 
 use std::time::Duration;
 
