@@ -10,7 +10,7 @@ use std::time::Instant;
 use berth_crds::{AcceleratorNode, ExpertPlacementStatus};
 use berth_types::{Admission, DeviceId};
 use kube::{Api, Client};
-use serde_json::json;
+use serde_json::Value;
 
 use super::cluster::Cluster;
 use super::nodes::Loss;
@@ -21,32 +21,31 @@ use super::report::{DrainReport, Report, ReturnReport};
 use super::{PATIENCE, endpoint, serve_all};
 use crate::{Error, Result};
 
-/// Name of the deployment that keeps to one vendor.
-const SINGLE: &str = "single-vendor";
-
-/// A deployment that does not declare to span vendors is placed within one, serves, and is deleted again.
+/// A deployment that does not declare to span vendors is placed within one, whichever it may use, serves, and is deleted
+/// again: `name` for what is asked of `devices`.
 pub(super) async fn keep_within_one_vendor(
     cluster: &Cluster,
+    (name, devices): (&str, &Value),
     checkpoint: &Path,
     cases: &[Case],
     report: &mut Report,
     progress: &Progress,
 ) -> Result<()> {
     let client = cluster.client();
-    cluster.apply_deployment(SINGLE, checkpoint, &json!({"perInstance": 2})).await?;
-    let deployment = objects::deployment_is_ready(client, SINGLE, PATIENCE).await?;
-    let devices = assigned(&objects::placement_of(client, SINGLE).await?.status.unwrap_or_default());
+    cluster.apply_deployment(name, checkpoint, devices).await?;
+    let deployment = objects::deployment_is_ready(client, name, PATIENCE).await?;
+    let devices = assigned(&objects::placement_of(client, name).await?.status.unwrap_or_default());
     let known = objects::vendors(client).await?;
     let vendors: BTreeSet<_> = devices.iter().filter_map(|device| known.get(device)).collect();
-    progress.detail(&format!("{SINGLE} is on {}", listed(devices.iter())));
+    progress.detail(&format!("{name} is on {}", listed(devices.iter())));
     if vendors.len() != 1 {
         return Err(Error::Runner {
-            doing: format!("place {SINGLE}"),
+            doing: format!("place {name}"),
             why: format!("it spans {} vendors without having declared it", vendors.len()),
         });
     }
     serve_all(&Runner::at(&endpoint(&deployment)?)?, cases, "single vendor", report, progress).await?;
-    cluster.kubectl(&["-n", objects::NAMESPACE, "delete", "modeldeployment", SINGLE]).await?;
+    cluster.kubectl(&["-n", objects::NAMESPACE, "delete", "modeldeployment", name]).await?;
     Ok(())
 }
 

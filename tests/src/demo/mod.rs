@@ -108,8 +108,14 @@ async fn serve(
     serve_all(&runner, cases, "before", &mut report, progress).await?;
     let long = long_case(&runner, cases, prompts::context(checkpoint)?).await?;
 
-    progress.step("single_vendor", "a second deployment that does not declare to span vendors");
-    changes::keep_within_one_vendor(cluster, checkpoint, cases, &mut report, progress).await?;
+    progress.step("single_vendor", "deployments that do not declare to span vendors");
+    let mut single = vec![("single-vendor", json!({"perInstance": 2}))];
+    if fleet.ascend > 0 {
+        single.push(("ascend-alone", json!({"perInstance": 2, "vendors": ["ascend"]})));
+    }
+    for (name, devices) in &single {
+        changes::keep_within_one_vendor(cluster, (name, devices), checkpoint, cases, &mut report, progress).await?;
+    }
 
     let mut losses = Vec::new();
     for (vendor, number) in [(Vendor::Nvidia, fleet.nvidia), (Vendor::Ascend, fleet.ascend)] {
