@@ -1,6 +1,8 @@
 //! `berth bench`: doors to benchmarks of the controllers' own code. Reads files, measures time, writes
 //! what the library answers.
 
+mod peers;
+
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -147,14 +149,21 @@ fn solve_case(case: &Case, data: &Path, plans: Option<&Path>, options: Options) 
 fn summarise(case: &Case, results: &[WindowResult]) -> anyhow::Result<()> {
     let windows = f64::from(u32::try_from(results.len())?.max(1));
     let mean = |of: fn(&WindowResult) -> f64| results.iter().map(of).sum::<f64>() / windows;
-    let moved: u64 = results.iter().map(|result| result.moved_replicas).sum();
-    say(&format!(
-        "{:<36} {:>3} windows  balancedness {:.4}  makespan {:.4}  moved {moved:>6}  {:.1} ms a window",
+    let ms = mean(|result| result.seconds) * 1000.0;
+    let mut line = format!(
+        "{:<36} balancedness {:.4}  {ms:>8.1} ms  makespan {:.4}",
         case.id,
-        results.len(),
         mean(|result| result.balancedness),
-        mean(|result| result.makespan),
-        mean(|result| result.seconds) * 1000.0
-    ))?;
+        mean(|result| result.makespan)
+    );
+    let next: Vec<f64> = results.iter().filter_map(|result| result.next_balancedness).collect();
+    if !next.is_empty() {
+        let moved: u64 = results.iter().map(|result| result.moved_replicas).sum();
+        let each = f64::from(u32::try_from(next.len())?);
+        let (next, moved) = (next.iter().sum::<f64>() / each, f64::from(u32::try_from(moved)?) / each);
+        line.push_str(&format!("  {} windows, next {next:.4}, {moved:.0} replicas moved a window", results.len()));
+    }
+    say(&line)?;
+    peers::lines(&case.id, ms).iter().try_for_each(|line| say(line))?;
     Ok(())
 }

@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use berth_crds::model_deployment::Survive as Declared;
-use berth_planner::{Device, Goal, Instance, Layout, Payback, Problem, Standing, Survive};
-use berth_types::{Bytes, DeviceId, Geometry, Health, PlacementName, Vendor};
+use berth_planner::{Device, Forecast, Goal, Instance, Layout, Payback, Problem, Standing, Survive, problem::Loads};
+use berth_types::{Bytes, DeviceId, Geometry, Health, LayerId, PlacementName, Vendor};
 
 use crate::{
     index::{Index, Placement},
@@ -50,7 +50,7 @@ pub fn snapshot(
         effort: Problem::EFFORT,
         threads: 1,
         payback: Payback::default(),
-        instance: instance(name, placement),
+        instance: instance(index, name, placement),
         devices,
         held: placement.held().map(|layout| Layout::clone(layout)).collect(),
     };
@@ -76,7 +76,7 @@ pub fn survive(declared: Declared) -> Survive {
     }
 }
 
-fn instance(name: &PlacementName, placement: &Placement) -> Instance {
+fn instance(index: &Index, name: &PlacementName, placement: &Placement) -> Instance {
     let spec = &placement.spec;
     // A revision that is stored is never written again, whoever wrote it.
     let last = placement.revisions.keys().next_back().copied().unwrap_or_default();
@@ -94,8 +94,34 @@ fn instance(name: &PlacementName, placement: &Placement) -> Instance {
         blast_radius_percent: spec.devices.blast_radius_percent,
         survive: survive(spec.redundancy.survive),
         extra_replicas: spec.redundancy.extra_replicas,
-        loads: placement.loads(),
+        loads: expected(index, name, placement),
     }
+}
+
+/// The loads expected next, from the placement's own windows; before it has any, from those of another
+/// instance of the same model.
+fn expected(index: &Index, name: &PlacementName, placement: &Placement) -> Loads {
+    let own = forecast(&placement.spec.geometry, &placement.windows());
+    let same =
+        |other: &Placement| other.spec.model == placement.spec.model && other.spec.geometry == placement.spec.geometry;
+    let others = || index.placements().iter().filter(|(other, known)| *other != name && same(known));
+    own.or_else(|| others().find_map(|(_, other)| forecast(&other.spec.geometry, &other.windows()))).unwrap_or_default()
+}
+
+/// What windows say of the next one; nothing without windows.
+fn forecast(geometry: &Geometry, windows: &[Loads]) -> Option<Loads> {
+    let layers: Vec<LayerId> = geometry.expert_layer_ids().collect();
+    let experts = usize::try_from(geometry.experts).unwrap_or(usize::MAX);
+    let mut forecast = Forecast::new(vec![experts; layers.len()]);
+    let count = |tokens: u64| f64::from(u32::try_from(tokens).unwrap_or(u32::MAX));
+    for window in windows {
+        let row = |layer: &LayerId| {
+            let tokens = window.get(layer).map(Vec::as_slice).unwrap_or_default();
+            (0..experts).map(|expert| count(tokens.get(expert).copied().unwrap_or(0))).collect()
+        };
+        forecast.observe(&layers.iter().map(row).collect::<Vec<Vec<f64>>>());
+    }
+    Some(layers.into_iter().zip(forecast.tokens()?).collect())
 }
 
 /// Bytes that the other placements hold or have been promised, by device.

@@ -10,7 +10,7 @@ use berth_types::{Bytes, DeviceId, ExpertId, LayerId};
 
 use crate::{
     num,
-    plan::{Checked, Layout, Plan, Proposed},
+    plan::{Certificate, Checked, Layout, Plan, Proposed},
     problem::{Device, Problem, Standing, Survive},
 };
 
@@ -69,6 +69,24 @@ pub enum Finding {
         /// The failure domain.
         domain: String,
     },
+    /// All of several copies are lost with one node although another has an empty slot.
+    Gathered {
+        /// The layer.
+        layer: LayerId,
+        /// The expert.
+        expert: ExpertId,
+        /// The node.
+        node: String,
+    },
+    /// The certificate says something else than the layout and the loads.
+    Claim {
+        /// What it speaks of.
+        what: &'static str,
+        /// What it says.
+        said: String,
+        /// What is so.
+        found: String,
+    },
     /// A device would hold more bytes than it has room for.
     Bytes {
         /// Wave, from 0.
@@ -97,6 +115,10 @@ impl fmt::Display for Finding {
             Self::Fragile { layer, expert, domain } => {
                 write!(f, "layer {layer}: expert {expert} lives in {domain} alone")
             }
+            Self::Gathered { layer, expert, node } => {
+                write!(f, "layer {layer}: all copies of expert {expert} are on {node} although another node has room")
+            }
+            Self::Claim { what, said, found } => write!(f, "certificate: {what} is {found}, not {said}"),
             Self::Bytes { wave, device, peak, room } => {
                 write!(f, "wave {wave}, {device}: {peak} at the peak, room for {room}")
             }
@@ -146,6 +168,8 @@ pub fn findings(problem: &Problem, previous: Option<&Layout>, plan: &Plan<Propos
     }
     if let Some(last) = decision.waves.last() {
         fragile(problem, last, decision.survives, &mut found);
+        gathered(problem, last, decision.survives, &mut found);
+        claims(problem, last, &decision.certificate, &mut found);
         choice(problem, last, previous.is_some(), &mut found);
     }
     found
@@ -280,6 +304,66 @@ fn fragile(problem: &Problem, layout: &Layout, level: Survive, found: &mut Vec<F
             let domain = homes.first().copied().unwrap_or_default().to_owned();
             found.push(Finding::Fragile { layer, expert, domain });
         }
+    }
+}
+
+/// Several copies of an expert are not on one node (in one rack, where the loss of a rack is survived) while
+/// another has an empty slot.
+fn gathered(problem: &Problem, layout: &Layout, level: Survive, found: &mut Vec<Finding>) {
+    let level = if level == Survive::Rack { Survive::Rack } else { Survive::Node };
+    let known: BTreeMap<&DeviceId, &str> =
+        problem.devices.iter().map(|device| (&device.id, device.failure_domain(level))).collect();
+    let domain = |id: &DeviceId| known.get(id).copied().unwrap_or_default();
+    for (layer, row) in &layout.layers {
+        let owners =
+            layout.devices.iter().flat_map(|entry| std::iter::repeat_n(&entry.device, num::index(entry.slots)));
+        let mut copies: BTreeMap<ExpertId, Vec<&str>> = BTreeMap::new();
+        let mut empty = BTreeSet::new();
+        for (device, held) in owners.zip(row) {
+            match held {
+                Some(expert) => copies.entry(*expert).or_default().push(domain(device)),
+                None => _ = empty.insert(domain(device)),
+            }
+        }
+        for (expert, nodes) in copies.into_iter().filter(|(_, nodes)| nodes.len() > 1) {
+            let node = nodes.first().copied().unwrap_or_default();
+            if nodes.iter().all(|other| *other == node) && empty.iter().any(|other| *other != node) {
+                found.push(Finding::Gathered { layer: *layer, expert, node: node.to_owned() });
+            }
+        }
+    }
+}
+
+/// The certificate's makespan follows from the layout and the loads, and is not below its bound.
+fn claims(problem: &Problem, layout: &Layout, certificate: &Certificate, found: &mut Vec<Finding>) {
+    let speed =
+        |id: &DeviceId| problem.devices.iter().find(|device| device.id == *id).map_or(1.0, |device| device.speed);
+    let speeds: Vec<f64> = layout.devices.iter().map(|entry| speed(&entry.device)).collect();
+    let (mut sum, mut layers) = (0.0, 0.0);
+    for (layer, row) in &layout.layers {
+        layers += 1.0;
+        let tokens = problem.instance.loads.get(layer).map(Vec::as_slice).unwrap_or_default();
+        let load = |expert: &ExpertId| num::real(tokens.get(num::index(expert.0)).copied().unwrap_or(0));
+        let total: f64 = (0..problem.instance.geometry.experts).map(|expert| load(&ExpertId(expert))).sum();
+        if total <= 0.0 {
+            sum += 1.0;
+            continue;
+        }
+        let mut copies: BTreeMap<ExpertId, u64> = BTreeMap::new();
+        row.iter().flatten().for_each(|expert| *copies.entry(*expert).or_default() += 1);
+        let share = |expert: &ExpertId| load(expert) / num::real(copies.get(expert).copied().unwrap_or(1));
+        let times = layout.ranges().zip(&speeds).map(|((_, range), speed)| {
+            row.get(range).unwrap_or_default().iter().flatten().map(share).sum::<f64>() / speed
+        });
+        sum += times.fold(0.0, f64::max) / (total / speeds.iter().sum::<f64>());
+    }
+    let (said, is) = (certificate.makespan, if layers > 0.0 { sum / layers } else { 1.0 });
+    if (said - is).abs() > 1e-6 * is {
+        found.push(Finding::Claim { what: "the makespan", said: said.to_string(), found: is.to_string() });
+    }
+    if certificate.bound > is * (1.0 + 1e-9) {
+        let found_at = format!("above the makespan {is}");
+        found.push(Finding::Claim { what: "the bound", said: certificate.bound.to_string(), found: found_at });
     }
 }
 

@@ -158,6 +158,13 @@ impl Forecast {
         Some(self.experts.iter().zip(&self.totals).map(layer).collect())
     }
 
+    /// The loads expected next, in whole tokens.
+    #[must_use]
+    pub fn tokens(&self) -> Option<Vec<Vec<u64>>> {
+        let tokens = |row: Vec<f64>| row.into_iter().map(|load| num::count(num::ceil(load - 0.5))).collect();
+        Some(self.expect()?.into_iter().map(tokens).collect())
+    }
+
     /// The multiples b, by lag from 1.
     fn weights(&self) -> Vec<f64> {
         let Some(last) = self.kept.back() else { return Vec::new() };
@@ -237,4 +244,70 @@ fn eliminate(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
         solution[row] = (right[row] - known) / matrix[row][row];
     }
     solution
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(windows: &[Vec<f64>]) -> Forecast {
+        let mut forecast = Forecast::new(vec![windows[0].len()]);
+        for window in windows {
+            assert_eq!(forecast.observe(std::slice::from_ref(window)), vec![]);
+        }
+        forecast
+    }
+
+    #[test]
+    fn windows_that_are_alike_are_expected_again() {
+        let window = vec![600.0, 300.0, 100.0];
+        let expected = seen(&vec![window.clone(); 5]).expect().unwrap().remove(0);
+        assert!(expected.iter().zip(&window).all(|(one, other)| (one - other).abs() < 1e-6), "{expected:?}");
+        assert_eq!(seen(&[window]).tokens().unwrap(), vec![vec![600, 300, 100]]);
+    }
+
+    #[test]
+    fn a_steady_trend_is_followed() {
+        let window = |at: u32| (0..40).map(|e| 5000.0 + f64::from(at) * f64::from(e - 20) * 8.0).collect::<Vec<_>>();
+        let expected = seen(&(0..8).map(window).collect::<Vec<_>>()).expect().unwrap().remove(0);
+        let (now, next) = (window(7), window(8));
+        let miss = |of: &[f64]| of.iter().zip(&next).map(|(one, other)| (one - other).abs()).sum::<f64>();
+        assert!(miss(&expected) < 0.3 * miss(&now), "{} of {}", miss(&expected), miss(&now));
+    }
+
+    #[test]
+    fn noise_is_smoothed() {
+        let noise = |at: u32, e: u32| f64::from((at * 7919 + e * 104_729 + at * e * 31) % 101) - 50.0;
+        let window = |at: u32| (0..200).map(|e| 1000.0 + noise(at, e)).collect::<Vec<_>>();
+        let windows: Vec<_> = (0..10).map(window).collect();
+        let miss = |of: &[f64]| of.iter().map(|load| (load - 1000.0).abs()).sum::<f64>();
+        let expected = seen(&windows).expect().unwrap().remove(0);
+        assert!(miss(&expected) < 0.9 * miss(&windows[9]), "{} of {}", miss(&expected), miss(&windows[9]));
+    }
+
+    #[test]
+    fn a_task_switch_forgets_the_task_before() {
+        let calm = vec![900.0, 50.0, 50.0];
+        let mut forecast = seen(&vec![calm; 4]);
+        assert!(!forecast.switched());
+        forecast.observe(&[vec![50.0, 50.0, 900.0]]);
+        assert!(forecast.switched());
+        assert_eq!(forecast.tokens().unwrap(), vec![vec![50, 50, 900]]);
+    }
+
+    #[test]
+    fn what_is_no_load_is_named_and_the_last_good_window_stands_in() {
+        let mut forecast = seen(&[vec![600.0, 300.0, 100.0]]);
+        let bad = forecast.observe(&[vec![1.0, f64::NAN, -3.0]]);
+        assert_eq!(bad.iter().map(|bad| (bad.layer, bad.expert)).collect::<Vec<_>>(), vec![(0, 1), (0, 2)]);
+        assert!(bad[1].to_string().contains("layer 0, expert 2: load -3"), "{}", bad[1]);
+        assert_eq!(forecast.tokens().unwrap(), vec![vec![600, 300, 100]]);
+        assert_eq!(forecast.observe(&[]).len(), 3, "an absent layer counts as not a number");
+    }
+
+    #[test]
+    fn nothing_seen_is_nothing_expected() {
+        assert_eq!(Forecast::new(vec![3]).expect(), None);
+        assert_eq!(seen(&[vec![0.0; 3]]).tokens().unwrap(), vec![vec![0, 0, 0]]);
+    }
 }

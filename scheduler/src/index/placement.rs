@@ -221,15 +221,34 @@ impl Placement {
     pub fn loads(&self) -> Loads {
         let mut loads = Loads::new();
         for (_, layers) in self.runners.values().flat_map(|runner| &runner.windows) {
-            for (layer, tokens) in layers {
-                let sum = loads.entry(*layer).or_default();
-                sum.resize(sum.len().max(tokens.len()), 0);
-                for (sum, tokens) in sum.iter_mut().zip(tokens) {
-                    *sum = sum.saturating_add(*tokens);
-                }
-            }
+            add(&mut loads, layers);
         }
         loads
+    }
+
+    /// The last windows, oldest first, each the sum of what all runners saw in it. Runners count windows for
+    /// themselves: their last ones go together, and so on backwards.
+    #[must_use]
+    pub fn windows(&self) -> Vec<Loads> {
+        let most = self.runners.values().map(|runner| runner.windows.len()).max().unwrap_or(0);
+        let mut windows = vec![Loads::new(); most];
+        for runner in self.runners.values() {
+            for ((_, layers), sum) in runner.windows.iter().rev().zip(windows.iter_mut().rev()) {
+                add(sum, layers);
+            }
+        }
+        windows
+    }
+}
+
+/// Adds tokens by layer and expert.
+fn add(loads: &mut Loads, layers: &BTreeMap<LayerId, Vec<u64>>) {
+    for (layer, tokens) in layers {
+        let sum = loads.entry(*layer).or_default();
+        sum.resize(sum.len().max(tokens.len()), 0);
+        for (sum, tokens) in sum.iter_mut().zip(tokens) {
+            *sum = sum.saturating_add(*tokens);
+        }
     }
 }
 

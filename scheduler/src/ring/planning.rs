@@ -2,7 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use berth_planner::{Checked, Layout, Plan, Problem, Proposed, Standing, check, diff, problem::Survive, solve};
+use berth_planner::{
+    Checked, Decision, Layout, Plan, Problem, Proposed, Standing, check, diff, problem::Survive, solve,
+};
 use berth_types::{PlacementName, Revision};
 
 use super::{RETRY, Ring};
@@ -65,7 +67,8 @@ impl Ring {
 
     fn commit(&mut self, now: Duration, name: &PlacementName, cause: Cause, plan: Plan<Checked>) {
         let wall = self.wall();
-        let why = format!("{cause}: {} moves, {}", plan.decision().moves, plan.decision().moved_bytes);
+        let Decision { moves, moved_bytes, certificate, .. } = plan.decision();
+        let why = format!("{cause}: {moves} moves, {moved_bytes}; {certificate}");
         let before = self.index.placements().get(name).map(|placement| placement.memory.clone());
         let Some(placement) = self.index.placement_mut(name) else { return };
         let uid = placement.uid.clone();

@@ -18,6 +18,8 @@ pub struct WindowResult {
     pub balancedness: f64,
     /// Slowest device's load ÷ speed over the ideal, likewise.
     pub makespan: f64,
+    /// Balancedness of the window's plan on the loads of the window after it; none for the last.
+    pub next_balancedness: Option<f64>,
     /// Replicas that devices had to load since the window before.
     pub moved_replicas: u64,
     /// Their bytes.
@@ -36,29 +38,38 @@ pub(super) struct Judged<'a> {
     /// By layer and device; a lost device's slots are empty.
     pub(super) plan: &'a [Rows],
     pub(super) loads: &'a [Vec<f64>],
+    /// Those of the window after it.
+    pub(super) next: Option<&'a [Vec<f64>]>,
     pub(super) previous: Option<&'a [Rows]>,
 }
 
 /// The judgement.
 pub(super) fn judge(judged: &Judged<'_>) -> WindowResult {
     let Judged { case, window, seconds, plan, loads, previous, .. } = judged;
-    let times: Vec<(f64, f64)> =
-        plan.iter().zip(*loads).filter_map(|(rows, tokens)| layer(judged, rows, tokens)).collect();
-    let mean = |of: fn(&(f64, f64)) -> f64| {
-        if times.is_empty() { 1.0 } else { times.iter().map(of).sum::<f64>() / num::real_size(times.len()) }
-    };
+    let (balancedness, makespan) = times(judged, loads);
     let moved =
         previous.map_or(0, |previous| plan.iter().zip(previous).map(|(rows, before)| moved(rows, before)).sum());
     WindowResult {
         case: case.id.clone(),
         window: *window,
         seconds: *seconds,
-        balancedness: mean(|(balance, _)| *balance),
-        makespan: mean(|(_, makespan)| *makespan),
+        balancedness,
+        makespan,
+        next_balancedness: judged.next.map(|next| times(judged, next).0),
         moved_replicas: moved,
         moved_bytes: moved.saturating_mul(case.expert_bytes),
         violations: plan.iter().flatten().map(|row| doubled(row)).sum(),
     }
+}
+
+/// Balancedness and makespan on `loads`, means over layers with load; 1 without any.
+fn times(judged: &Judged<'_>, loads: &[Vec<f64>]) -> (f64, f64) {
+    let times: Vec<(f64, f64)> =
+        judged.plan.iter().zip(loads).filter_map(|(rows, tokens)| layer(judged, rows, tokens)).collect();
+    let mean = |of: fn(&(f64, f64)) -> f64| {
+        if times.is_empty() { 1.0 } else { times.iter().map(of).sum::<f64>() / num::real_size(times.len()) }
+    };
+    (mean(|(balance, _)| *balance), mean(|(_, makespan)| *makespan))
 }
 
 /// Balancedness and makespan of one layer; nothing without load.

@@ -79,8 +79,9 @@ pub fn run(
         let plan = course.plan(judged, &alive);
         let seconds = seconds() - began;
         let previous = course.previous.as_deref();
+        let next = windows.get(window + 1).map(Vec::as_slice);
         let judged =
-            Judged { case, window, seconds, spots: &spots, alive: &alive, plan: &plan, loads: judged, previous };
+            Judged { case, window, seconds, spots: &spots, alive: &alive, plan: &plan, loads: judged, next, previous };
         results.push(judge::judge(&judged));
         write(&plan, &mut plans);
         course.previous = Some(plan);
@@ -127,10 +128,10 @@ impl<'a> Course<'a> {
         };
         let living: Vec<usize> = (0..alive.len()).filter(|at| alive[*at]).collect();
         let sites: Vec<Site> = living.iter().map(|at| self.spots[*at].site.clone()).collect();
-        let previous: Option<Vec<Rows>> = self
-            .previous
-            .as_ref()
-            .map(|layers| layers.iter().map(|rows| living.iter().map(|at| rows[*at].clone()).collect()).collect());
+        let stayed = |at: usize| self.basis.as_ref().is_none_or(|(_, before)| before[at]);
+        let row = |rows: &Rows, at: usize| if stayed(at) { rows[at].clone() } else { Vec::new() };
+        let rows = |rows: &Rows| living.iter().map(|at| row(rows, *at)).collect();
+        let previous: Option<Vec<Rows>> = self.previous.as_ref().map(|layers| layers.iter().map(rows).collect());
         let even = vec![vec![0.0; self.case.experts]; self.case.layers];
         let fleet = Fleet::new(&sites);
         let task = Task {

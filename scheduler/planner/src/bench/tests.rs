@@ -85,3 +85,76 @@ fn a_forecast_never_sees_its_own_window() {
     };
     assert_eq!(of(1), of(7));
 }
+
+fn public(id: &str) -> (Case, Vec<u8>) {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/placement");
+    let manifest = std::fs::read_to_string(folder.join("manifest.json")).unwrap();
+    let manifest: Manifest = serde_json::from_str(&manifest).unwrap();
+    let case = manifest.cases.into_iter().find(|case| case.id.starts_with(id)).unwrap();
+    let loads = std::fs::read(folder.join(format!("data/{}.u32le", case.id))).unwrap();
+    (case, loads)
+}
+
+#[test]
+fn public_cases_reach_their_bars() {
+    let bars = [
+        ("p01", 0.9990),
+        ("p02", 0.9985),
+        ("p03", 0.9990),
+        ("p04", 0.9985),
+        ("p05", 0.9990),
+        ("p06", 0.9800),
+        ("p07", 0.9990),
+        ("p10", 0.9950),
+        ("p13", 0.9950),
+    ];
+    for (id, bar) in bars {
+        let (case, loads) = public(id);
+        let (results, _) = run(&case, &loads, Options { threads: 2, ..Options::default() }, || 0.0).unwrap();
+        assert!(results[0].balancedness >= bar, "{id}: {}", results[0].balancedness);
+    }
+    let (case, loads) = public("p14");
+    let (results, _) = run(&case, &loads, Options { threads: 2, ..Options::default() }, || 0.0).unwrap();
+    assert!(results[0].makespan <= 1.003, "p14: {}", results[0].makespan);
+}
+
+#[test]
+fn drifting_loads_are_followed_calmly() {
+    let (case, loads) = public("p08");
+    let (results, _) = run(&case, &loads, Options { threads: 2, ..Options::default() }, || 0.0).unwrap();
+    let next: Vec<f64> = results.iter().filter_map(|result| result.next_balancedness).collect();
+    let mean = next.iter().sum::<f64>() / f64::from(u32::try_from(next.len()).unwrap());
+    assert!(mean >= 0.920, "next balancedness {mean}");
+    let most = u64::try_from(288 * case.layers * 6 / 100).unwrap();
+    assert!(results.iter().all(|result| result.moved_replicas <= most), "at most {most} may move");
+}
+
+#[test]
+fn a_lost_node_costs_few_moves_and_only_what_had_one_copy() {
+    let (case, loads) = public("p15");
+    let (results, plan) = run(&case, &loads, Options { threads: 2, ..Options::default() }, || 0.0).unwrap();
+    let lost = u64::try_from(8 * 11 * case.layers).unwrap();
+    assert!(results[3].moved_replicas * 10 <= lost * 13, "{} for {lost} lost", results[3].moved_replicas);
+    // In the plan before the loss no expert with several copies has them all on the lost node.
+    let (row, node) = (352 * 2, 8 * 11 * 2);
+    for layer in plan[2 * case.layers * row..3 * case.layers * row].chunks(row) {
+        let copies = |part: &[u8]| {
+            part.chunks(2).map(<[u8]>::to_vec).fold(std::collections::BTreeMap::new(), |mut counts, expert| {
+                *counts.entry(expert).or_insert(0) += 1;
+                counts
+            })
+        };
+        let all = copies(layer);
+        let there = copies(&layer[node..2 * node]);
+        assert!(there.iter().all(|(expert, count)| *count == 1 || all[expert] > *count));
+    }
+}
+
+#[test]
+fn the_same_window_again_moves_nothing() {
+    let (mut case, loads) = public("p01");
+    case.windows = 3;
+    let loads = loads.repeat(3);
+    let (results, _) = run(&case, &loads, Options::default(), || 0.0).unwrap();
+    assert!(results.iter().all(|result| result.moved_replicas == 0));
+}

@@ -25,7 +25,8 @@ pub struct Task<'a> {
     /// Tokens by layer and expert. A layer without any load, or with a number that is none, is placed as if
     /// evenly loaded, and keeps what it has.
     pub loads: &'a [Vec<f64>],
-    /// By layer and device, what slots held before; `None` = a first placement.
+    /// By layer and device, what slots held before, no entries for a device that joins; `None` = a first
+    /// placement.
     pub previous: Option<&'a [Rows]>,
     /// What may move for balance.
     pub budget: Budget,
@@ -111,8 +112,12 @@ fn start<'a>(task: &Task<'a>, loads: &'a [f64], previous: Option<&Rows>) -> Trac
     if !repair::repair(&mut board, copies, apart) {
         board = first(task, loads);
     } else {
-        repair::scatter(&mut board, copies);
-        repair::fill(&mut board);
+        let scattered = repair::scatter(&mut board, copies);
+        // Empty slots that were there before wait for a step that pays.
+        let joined = previous.is_some_and(|rows| rows.iter().any(Vec::is_empty));
+        if repaired || scattered || joined {
+            repair::fill(&mut board);
+        }
     }
     board.weigh();
     Track::new(board, before, task.duty, repaired)

@@ -150,8 +150,9 @@ pub(super) fn wrap_around(fleet: &Fleet, experts: usize, least: usize, apart: bo
 }
 
 /// Gives empty slots to the experts whose copies carry most, as long as they find a device: in a failure
-/// domain without a copy when `strict`, else in any as long as not all copies share one.
-pub(super) fn fill(board: &mut Board<'_>, strict: bool) {
+/// domain without a copy when `strict`, else in any as long as not all copies share one. No device becomes
+/// slower than `peak` for it.
+pub(super) fn fill(board: &mut Board<'_>, strict: bool, peak: f64) {
     let mut open: usize = board.free.iter().sum();
     if open == 0 {
         return;
@@ -166,7 +167,7 @@ pub(super) fn fill(board: &mut Board<'_>, strict: bool) {
         let fits =
             |device: usize| board.may_gain(expert, device) || (!strict && enough && !board.holds(device, expert));
         let best = (0..board.fleet.devices())
-            .filter(|device| board.free[*device] > 0 && fits(*device))
+            .filter(|device| board.free[*device] > 0 && fits(*device) && board.time(*device, share) <= peak)
             .min_by(|one, other| board.time(*one, share).total_cmp(&board.time(*other, share)).then(one.cmp(other)));
         if let Some(slot) = best.and_then(|device| board.free_slot(device)) {
             board.put(slot, expert);

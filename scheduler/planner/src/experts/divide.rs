@@ -32,6 +32,13 @@ pub(super) fn slots(fleet: &Fleet, loads: &[f64], duty: Duty, effort: Effort) ->
     let mut kinds = kinds(fleet, duty)?;
     deal(&mut kinds, loads)?;
     level(&mut kinds, loads);
+    let fits = |kind: &Kind| {
+        let experts = kind.experts.len();
+        kind.fleet.room(experts, duty.copies, duty.apart) >= experts * duty.copies
+    };
+    if !kinds.iter().all(fits) {
+        return None;
+    }
     let mut slots = vec![EMPTY; fleet.slots()];
     for kind in &kinds {
         let ideal = kind.load / kind.fleet.speed;

@@ -8,6 +8,7 @@ use super::{
     divide,
     fleet::Fleet,
     pairs, repair,
+    replan::{self, Budget, Track},
     search::{self, Log, Rules},
 };
 use crate::{num, problem::Effort};
@@ -23,6 +24,11 @@ pub struct Duty {
 
 /// Mean slots of a device up to which exchanges at random find what single improvements do not.
 const SHALLOW: f64 = 3.5;
+
+/// Gap beyond which a layer is polished, its rounds, and the work of each.
+const WORTH: f64 = 5e-3;
+const ROUNDS: usize = 4;
+const POLISH: u64 = 50_000;
 
 /// The slots of a layer planned from nothing. `loads` are in units of the ideal time; the duty can be kept,
 /// which `Fleet::room` says before.
@@ -54,6 +60,31 @@ pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: 
     }
     search::shake(&mut board, rules, &mut left, &mut dice);
     board.weigh();
+    polish(board, duty, target)
+}
+
+/// What a re-plan for the same loads would still do, so that it finds nothing to do: only where the slowest
+/// device is so far from the bound that a re-plan would look at all.
+fn polish(board: Board<'_>, duty: Duty, target: f64) -> Board<'_> {
+    let mut board = board;
+    for _ in 0..ROUNDS {
+        repair::fill(&mut board);
+        let peak = board.slowest();
+        if peak <= target + WORTH {
+            break;
+        }
+        let before = board.held();
+        let mut track = [Track::new(board, before, duty, false)];
+        track[0].advance(usize::MAX, POLISH);
+        replan::settle(&mut track, Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 });
+        let [track] = track;
+        board = track.board;
+        board.weigh();
+        if board.slowest() > peak - WORTH / 8.0 {
+            break;
+        }
+    }
+    repair::fill(&mut board);
     board
 }
 

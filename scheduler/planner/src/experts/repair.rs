@@ -121,19 +121,23 @@ fn relocate(board: &mut Board<'_>, expert: usize, apart: bool) -> bool {
 
 /// Where all of several copies share one failure domain: those beyond the `least` required go, from the
 /// devices with most to do, and one of several required changes places with a replica elsewhere that may.
-pub(super) fn scatter(board: &mut Board<'_>, least: usize) {
+/// Says whether any went.
+pub(super) fn scatter(board: &mut Board<'_>, least: usize) -> bool {
+    let mut any = false;
     if board.fleet.nodes < 2 {
-        return;
+        return any;
     }
     for expert in 0..board.loads.len() {
         while board.count[expert] > least.max(1) && board.spread[expert] < 2 {
             let Some(slot) = busiest(board, expert) else { break };
             board.take(slot);
+            any = true;
         }
         if board.count[expert] > 1 && board.spread[expert] < 2 {
             exchange(board, expert);
         }
     }
+    any
 }
 
 /// The slot of the copy whose device has most to do.
@@ -166,10 +170,29 @@ fn exchange(board: &mut Board<'_>, expert: usize) {
     }
 }
 
-/// Fills empty slots, then those that only a failure domain with a copy can use.
+/// Fills empty slots, then those that only a failure domain with a copy can use, until nothing changes: what
+/// is filled here needs no filling later. The slowest device becomes no slower.
 pub(super) fn fill(board: &mut Board<'_>) {
-    construct::fill(board, true);
-    construct::fill(board, false);
+    let open = |board: &Board<'_>| board.free.iter().sum::<usize>();
+    let peak = board.slowest() * (1.0 + 1e-9);
+    while open(board) > 0 {
+        let before = open(board);
+        // A device may pass the peak on the way: the copies that follow take from those before.
+        let mut bold = board.clone();
+        for strict in [true, false] {
+            construct::fill(&mut bold, strict, f64::INFINITY);
+        }
+        if bold.slowest() <= peak {
+            *board = bold;
+        } else {
+            for strict in [true, false] {
+                construct::fill(board, strict, peak);
+            }
+        }
+        if open(board) == before {
+            return;
+        }
+    }
 }
 
 /// The board's slots by device, replicas that a device held before in the slots where they were.

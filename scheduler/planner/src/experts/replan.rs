@@ -141,6 +141,7 @@ impl<'a> Track<'a> {
                 count(expert, owner(slot), 1);
                 count(board.slots[slot], owner(slot), -1);
             }
+            Change::Drop(slot) => count(board.slots[slot], owner(slot), -1),
         }
         sum
     }

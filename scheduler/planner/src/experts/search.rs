@@ -15,6 +15,8 @@ pub(super) enum Change {
     Swap(usize, usize),
     /// A slot's replica gives way to one more copy of an expert.
     Copy(usize, usize),
+    /// A slot's replica goes.
+    Drop(usize),
 }
 
 /// What the search may do.
@@ -210,7 +212,7 @@ fn best_swap(board: &Board<'_>, slow: usize, rules: Rules, effort: &mut u64) -> 
     any.then_some(best)
 }
 
-/// The further copy of an expert of `slow` that lowers the excess most.
+/// The further copy, or copy less, of an expert of `slow` that lowers the excess most.
 fn best_copy(board: &Board<'_>, slow: usize, rules: Rules, effort: &mut u64) -> Option<Found> {
     let fleet = board.fleet;
     let mut best = Found { gain: LEAST, change: Change::Swap(0, 0) };
@@ -220,6 +222,13 @@ fn best_copy(board: &Board<'_>, slow: usize, rules: Rules, effort: &mut u64) -> 
         let expert = board.slots[from];
         if expert == EMPTY {
             continue;
+        }
+        if board.may_lose(expert, slow, rules.least, rules.apart) {
+            let gain = drop_gain(board, expert, slow, rules.target);
+            if gain > best.gain {
+                best = Found { gain, change: Change::Drop(from) };
+                any = true;
+            }
         }
         for other in 0..fleet.devices() {
             if !board.may_gain(expert, other) {
@@ -241,6 +250,16 @@ fn best_copy(board: &Board<'_>, slow: usize, rules: Rules, effort: &mut u64) -> 
     }
     *effort = effort.saturating_sub(num::count(work.max(1)));
     any.then_some(best)
+}
+
+/// How much the excess falls when the copy of `expert` on `device` goes.
+fn drop_gain(board: &Board<'_>, expert: usize, device: usize, target: f64) -> f64 {
+    let grown = board.loads[expert] / num::real_size((board.count[expert] - 1).max(1)) - board.share[expert];
+    let change = |home: usize| {
+        let extra = if home == device { -board.share[expert] } else { grown };
+        over(board.time(home, 0.0), target) - over(board.time(home, extra), target)
+    };
+    board.homes(expert).map(change).sum()
 }
 
 /// How much the excess falls when `held` on `device` (or nothing) gives way to one more copy of `expert`.
@@ -285,6 +304,7 @@ pub(super) fn apply(board: &mut Board<'_>, change: Change) -> (Change, usize) {
             board.put(slot, expert);
             (change, held)
         }
+        Change::Drop(slot) => (change, board.take(slot)),
     }
 }
 
@@ -298,5 +318,6 @@ pub(super) fn undo(board: &mut Board<'_>, (change, held): (Change, usize)) {
                 board.put(slot, held);
             }
         }
+        Change::Drop(slot) => board.put(slot, held),
     }
 }

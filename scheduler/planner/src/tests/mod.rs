@@ -2,10 +2,11 @@
 
 mod fixtures;
 mod golden;
+mod layers;
 
 use std::collections::BTreeSet;
 
-use crate::{Goal, Infeasible, Layout, Problem, Standing, Survive, check::findings, solve};
+use crate::{Effort, Goal, Infeasible, Layout, Problem, Standing, Survive, check::findings, solve};
 use berth_types::{Bytes, ExpertId};
 use fixtures::{device, problem, sites};
 use proptest::prelude::*;
@@ -18,6 +19,7 @@ fn any_problem() -> impl Strategy<Value = Problem> {
         |((nodes, each, slots, racks), (experts, extra, survive, devices, blast), loads, seed)| {
             let mut problem = problem(experts, sites(nodes, each));
             problem.seed = seed;
+            problem.effort = Effort::FAST;
             let experts_size = usize::try_from(experts).unwrap();
             problem.instance.extra_replicas = extra;
             problem.instance.devices = devices;
@@ -69,6 +71,16 @@ proptest! {
             let again = solve(&next, Some(&layout)).unwrap();
             prop_assert_eq!(again.first(), Some(&layout));
             prop_assert_eq!((again.decision().moves, again.decision().waves.len()), (0, 1));
+        }
+    }
+
+    #[test]
+    fn balancing_for_the_loads_that_were_planned_for_moves_nothing(problem in any_problem()) {
+        if let Ok(plan) = solve(&problem, None) {
+            let layout = plan.first().unwrap().clone();
+            let mut next = after(&problem, &layout);
+            next.goal = Goal::Rebalance { moves: None };
+            prop_assert_eq!(solve(&next, Some(&layout)).unwrap().decision().moves, 0);
         }
     }
 
