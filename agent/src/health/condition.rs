@@ -106,6 +106,13 @@ pub struct Condition {
 }
 
 impl Condition {
+    /// One that begins at `now` with its first fact.
+    #[must_use]
+    pub fn begun(now: Duration, words: Words, clears: Clears, evidence: &str) -> Self {
+        let evidence = evidence.to_owned();
+        Self { words, evidence, since: now, last: now, clears, phase: Phase::Active, count: 1, old: false }
+    }
+
     /// What it says now.
     #[must_use]
     pub fn shown(&self) -> Words {

@@ -12,7 +12,7 @@ use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
 use super::{
     alarms::Level,
     catalog::{self, Row, Treat},
-    condition::{Clears, Condition, Origin, Phase, WINDOW, Words, compose},
+    condition::{Clears, Condition, Origin, WINDOW, Words, compose},
     device::{Device, Effect, Settings},
     fact::{DeviceInfo, Fact, Local, Subject, What},
     switch::{Note, Switches},
@@ -282,17 +282,8 @@ impl Ledger {
 
     fn node_condition(&mut self, now: Duration, row: Row, evidence: &str) {
         let Row { reason, words, clears } = row;
-        let fresh = Condition {
-            words,
-            evidence: evidence.to_owned(),
-            since: now,
-            last: now,
-            clears,
-            phase: Phase::Active,
-            count: 1,
-            old: false,
-        };
-        self.node.entry((reason, Origin::Vendor)).or_insert(fresh).last = now;
+        let fresh = || Condition::begun(now, words, clears, evidence);
+        self.node.entry((reason, Origin::Vendor)).or_insert_with(fresh).last = now;
     }
 
     pub(super) fn follow(&mut self, now: Duration, local: &Local, effects: Vec<Effect>, outcome: &mut Outcome) {

@@ -206,26 +206,8 @@ fn runner(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlaceme
 fn pod(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement) -> serde_json::Value {
     let roots: Vec<String> = config.roots.0.iter().map(|root| root.display().to_string()).collect();
     let claim = |root: &str| config.claims.get(Path::new(root));
-    let volumes: Vec<_> = roots
-        .iter()
-        .enumerate()
-        .map(|(index, root)| {
-            let name = format!("weights-{index}");
-            match claim(root) {
-                Some(claim) => {
-                    serde_json::json!({"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": true}})
-                }
-                None => serde_json::json!({"name": name, "hostPath": {"path": root, "type": "Directory"}}),
-            }
-        })
-        .collect();
-    let mounts: Vec<_> = roots
-        .iter()
-        .enumerate()
-        .map(|(index, root)| {
-            serde_json::json!({"name": format!("weights-{index}"), "mountPath": root, "readOnly": true})
-        })
-        .collect();
+    let (volumes, mounts): (Vec<_>, Vec<_>) =
+        roots.iter().enumerate().map(|(index, root)| weights(index, root, claim(root))).unzip();
     let memory = placement.spec.non_expert_bytes.plus(placement.spec.kv_budget_bytes).plus(PROGRAM);
     let probe = |path: &str, period: u32, failures: u32| {
         serde_json::json!({"httpGet": {"path": path, "port": "admin"}, "periodSeconds": period,
@@ -264,6 +246,18 @@ fn pod(found: &Dereferenced, config: &RunnerConfig, placement: &ExpertPlacement)
         pod["serviceAccountName"] = serde_json::json!(config.service_account);
     }
     pod
+}
+
+/// The volume of a folder of weights, by claim or from the node, and where it is seen.
+fn weights(index: usize, root: &str, claim: Option<&String>) -> (serde_json::Value, serde_json::Value) {
+    let name = format!("weights-{index}");
+    let volume = match claim {
+        Some(claim) => {
+            serde_json::json!({"name": name, "persistentVolumeClaim": {"claimName": claim, "readOnly": true}})
+        }
+        None => serde_json::json!({"name": name, "hostPath": {"path": root, "type": "Directory"}}),
+    };
+    (volume, serde_json::json!({"name": name, "mountPath": root, "readOnly": true}))
 }
 
 fn environment(

@@ -266,10 +266,8 @@ impl Device {
             }
         } else {
             let words = self.climbed(now, reason, words);
-            let evidence = evidence.to_owned();
-            let (phase, old) = (Phase::Active, self.replaying);
-            let fresh = Condition { words, evidence, since: now, last: now, clears, phase, count: 1, old };
-            self.conditions.insert(key, fresh);
+            let fresh = Condition::begun(now, words, clears, evidence);
+            self.conditions.insert(key, Condition { old: self.replaying, ..fresh });
         }
         if CAUSES.contains(&reason) && origin == Origin::Vendor {
             self.absorb();
@@ -307,18 +305,8 @@ impl Device {
     }
 
     fn give_up(&mut self, now: Duration, evidence: &str) {
-        let row = Row { reason: Reason::RepeatedFault, words: catalog::SERVICE, clears: Clears::Release };
-        let condition = Condition {
-            words: row.words,
-            evidence: evidence.to_owned(),
-            since: now,
-            last: now,
-            clears: row.clears,
-            phase: Phase::Active,
-            count: 1,
-            old: false,
-        };
-        self.conditions.entry((row.reason, Origin::Vendor)).or_insert(condition);
+        let fresh = || Condition::begun(now, catalog::SERVICE, Clears::Release, evidence);
+        self.conditions.entry((Reason::RepeatedFault, Origin::Vendor)).or_insert_with(fresh);
     }
 
     /// The driver's wish joins the fault that explains it.

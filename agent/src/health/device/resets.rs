@@ -220,16 +220,6 @@ impl Device {
     /// Nothing is wrong with it, and nothing new is placed on it.
     fn stand_by(&mut self, now: Duration, (reason, scope, evidence): &Cause, clears: Clears) {
         let words = Words::new(Health::Healthy, Admission::Draining, Action::None, *scope);
-        let condition = Condition {
-            words,
-            evidence: evidence.clone(),
-            since: now,
-            last: now,
-            clears,
-            phase: Phase::Active,
-            count: 1,
-            old: false,
-        };
-        self.conditions.insert((*reason, Origin::Sibling), condition);
+        self.conditions.insert((*reason, Origin::Sibling), Condition::begun(now, words, clears, evidence));
     }
 }
