@@ -4,7 +4,7 @@
 //! Nothing of it may outlive the process that started it (see `tied_process`), and it must never be reachable
 //! from another machine: etcd has no authentication.
 
-mod components;
+pub(crate) mod components;
 mod tools;
 
 use std::fs::{self, File};

@@ -10,8 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::address::free_ports;
-use crate::control_plane::target_dir;
-use crate::tied_process::{EXIT_ON_STDIN_EOF, TiedProcess};
+use crate::control_plane::{components, target_dir};
+use crate::tied_process::TiedProcess;
 use crate::{ClusterTool, Error, Result};
 
 /// How long a start may take.
@@ -116,18 +116,8 @@ impl EtcdServer {
     }
 
     fn command(&self) -> Command {
-        let (client, peer) = (self.url(), format!("http://127.0.0.1:{}", self.ports[1]));
-        let mut command = Command::new(self.tool.cluster());
-        command
-            .arg("etcd")
-            .arg(format!("--data-dir={}", self.file("data").display()))
-            .arg(format!("--listen-client-urls={client}"))
-            .arg(format!("--advertise-client-urls={client}"))
-            .arg(format!("--listen-peer-urls={peer}"))
-            .arg(format!("--initial-advertise-peer-urls={peer}"))
-            .arg(format!("--initial-cluster=default={peer}"))
-            // What it holds is thrown away anyway.
-            .args(["--unsafe-no-fsync", "--log-level=warn"]);
+        let urls = [self.url(), format!("http://127.0.0.1:{}", self.ports[1])];
+        let mut command = components::etcd_at(&self.tool, &self.file("data"), urls);
         if let Some(quota) = self.options.quota {
             command.arg(format!("--quota-backend-bytes={quota}"));
         }
@@ -144,16 +134,7 @@ impl EtcdServer {
 
 /// The certificates of a control plane serve here too; the admin's is the client's.
 fn write_keys(tool: &ClusterTool, dir: &Path) -> Result<()> {
-    let mut keys = Command::new(tool.cluster());
-    let output = keys.arg("keys").arg(dir).arg("https://127.0.0.1").env_remove(EXIT_ON_STDIN_EOF).output();
-    let output = output.map_err(|source| Error::Start { program: "cluster keys".into(), source })?;
-    if !output.status.success() {
-        return Err(Error::Command {
-            command: "cluster keys".into(),
-            status: output.status.to_string(),
-            stderr: String::from_utf8_lossy(&output.stderr).into(),
-        });
-    }
+    components::write_keys(tool, dir, "https://127.0.0.1")?;
     let path = dir.join("admin.kubeconfig");
     let config = std::fs::read_to_string(&path).map_err(Error::file("read", &path))?;
     for (name, field) in [("client.crt", "client-certificate-data: "), ("client.key", "client-key-data: ")] {

@@ -40,7 +40,7 @@ impl From<[u16; 3]> for Ports {
 }
 
 /// Makes the certificates, keys and kubeconfigs in `dir`.
-pub(super) fn write_keys(tool: &ClusterTool, dir: &Path, url: &str) -> Result<()> {
+pub(crate) fn write_keys(tool: &ClusterTool, dir: &Path, url: &str) -> Result<()> {
     let output = component(tool, "keys")
         .arg(dir)
         .arg(url)
@@ -57,11 +57,15 @@ pub(super) fn write_keys(tool: &ClusterTool, dir: &Path, url: &str) -> Result<()
 }
 
 pub(super) fn etcd(tool: &ClusterTool, dir: &Path, ports: Ports) -> (&'static str, Command) {
-    let client = format!("http://127.0.0.1:{}", ports.etcd);
-    let peer = format!("http://127.0.0.1:{}", ports.etcd_peer);
+    let urls = [ports.etcd, ports.etcd_peer].map(|port| format!("http://127.0.0.1:{port}"));
+    ("etcd", etcd_at(tool, &dir.join("etcd"), urls))
+}
+
+/// An etcd of one member with its data in `data`, at the addresses for clients and for peers.
+pub(crate) fn etcd_at(tool: &ClusterTool, data: &Path, [client, peer]: [String; 2]) -> Command {
     let mut command = component(tool, "etcd");
     command
-        .arg(format!("--data-dir={}", dir.join("etcd").display()))
+        .arg(format!("--data-dir={}", data.display()))
         .arg(format!("--listen-client-urls={client}"))
         .arg(format!("--advertise-client-urls={client}"))
         .arg(format!("--listen-peer-urls={peer}"))
@@ -69,7 +73,7 @@ pub(super) fn etcd(tool: &ClusterTool, dir: &Path, ports: Ports) -> (&'static st
         .arg(format!("--initial-cluster=default={peer}"))
         // What it holds is thrown away anyway.
         .args(["--unsafe-no-fsync", "--log-level=warn"]);
-    ("etcd", command)
+    command
 }
 
 pub(super) fn apiserver(
