@@ -3,7 +3,9 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use berth_crds::model_deployment::Survive as Declared;
-use berth_planner::{Device, Forecast, Goal, Instance, Layout, Payback, Problem, Standing, Survive, problem::Loads};
+use berth_planner::{
+    Device, Forecast, Goal, Instance, Layout, Payback, Problem, Sharing, Standing, Survive, problem::Loads,
+};
 use berth_types::{Bytes, DeviceId, Geometry, Health, LayerId, PlacementName, Vendor};
 
 use crate::{
@@ -46,7 +48,7 @@ pub fn snapshot(
     let problem = Problem {
         now_ms: u64::try_from(now.as_millis()).unwrap_or(u64::MAX),
         seed: 0,
-        goal: if cause == Cause::Rebalance { Goal::Rebalance { moves: None } } else { Goal::Repair },
+        goal: if cause == Cause::Rebalance { Goal::Rebalance { moves: None, bytes: None } } else { Goal::Repair },
         effort: Problem::EFFORT,
         threads: 1,
         payback: Payback::default(),
@@ -95,6 +97,7 @@ fn instance(index: &Index, name: &PlacementName, placement: &Placement) -> Insta
         survive: survive(spec.redundancy.survive),
         extra_replicas: spec.redundancy.extra_replicas,
         loads: expected(index, name, placement),
+        sharing: Sharing::Even,
     }
 }
 

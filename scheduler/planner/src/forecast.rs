@@ -29,6 +29,11 @@ const SWITCH: f64 = 2.5;
 /// Drift that every task may have from window to window, as a share of the tokens.
 const DRIFT: f64 = 0.02;
 
+/// Sum of drift, as a share of the tokens, after which the loads count as changed.
+const CHANGED: f64 = 0.1;
+/// Most windows that anything is expected to last.
+const LONGEST: f64 = 64.0;
+
 /// A number that is no load.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error(
@@ -52,6 +57,8 @@ pub struct Forecast {
     totals: Vec<f64>,
     /// Distance between neighbouring windows of one task, smoothed.
     calm: Option<f64>,
+    /// Distance that Poisson noise alone explains, smoothed.
+    noise: f64,
     task: usize,
 }
 
@@ -123,6 +130,7 @@ impl Forecast {
             if distance > SWITCH * explained {
                 self.task += 1;
             } else {
+                self.noise = self.calm.map_or(noise, |_| 0.7 * self.noise + 0.3 * noise);
                 self.calm = Some(self.calm.map_or(distance, |calm| 0.7 * calm + 0.3 * distance));
             }
         }
@@ -133,6 +141,19 @@ impl Forecast {
         while self.kept.len() > KEPT {
             self.kept.pop_front();
         }
+    }
+
+    /// Windows for which the loads are expected to stay what they are now: until drift, noise taken off, sums to
+    /// a tenth of the tokens, or the next task switch at the pace of those seen. From 1 to 64. Times the
+    /// length of a window it is `Payback::lasts_s`.
+    #[must_use]
+    pub fn lasts(&self) -> f64 {
+        let pairs = num::real_size(self.kept.len().saturating_sub(1));
+        let switches = self.kept.iter().zip(self.kept.iter().skip(1)).filter(|(one, other)| one.task != other.task);
+        let switching = num::real_size(switches.count()) / pairs.max(1.0);
+        let calm = self.calm.unwrap_or(0.0);
+        let drift = (calm * calm - self.noise * self.noise).max(0.0).sqrt();
+        (1.0 / (drift / CHANGED + switching).max(1e-9)).clamp(1.0, LONGEST)
     }
 
     /// The loads expected next, in tokens of the last window; `None` before the first. A layer that had no
@@ -293,6 +314,24 @@ mod tests {
         forecast.observe(&[vec![50.0, 50.0, 900.0]]);
         assert!(forecast.switched());
         assert_eq!(forecast.tokens().unwrap(), vec![vec![50, 50, 900]]);
+    }
+
+    #[test]
+    fn what_lasts_is_longer_the_calmer_the_loads() {
+        let window = |at: u32, drift: u32| {
+            (0..40).map(|e| f64::from(50_000 + at * drift * if e % 2 == 0 { 2 } else { 0 })).collect::<Vec<_>>()
+        };
+        let lasts = |drift| seen(&(0..8).map(|at| window(at, drift)).collect::<Vec<_>>()).lasts();
+        assert!(
+            lasts(0) > 60.0 && lasts(4000) < lasts(0) && lasts(40_000) < lasts(4000),
+            "{} {}",
+            lasts(4000),
+            lasts(40_000)
+        );
+        let mut forecast = seen(&vec![vec![900.0, 50.0, 50.0]; 4]);
+        let before = forecast.lasts();
+        forecast.observe(&[vec![50.0, 50.0, 900.0]]);
+        assert!(forecast.lasts() <= 4.0 && before > 4.0, "one switch in four windows");
     }
 
     #[test]

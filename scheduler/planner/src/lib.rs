@@ -11,14 +11,18 @@ pub mod gang;
 mod num;
 pub mod plan;
 pub mod problem;
+pub mod share;
+pub mod speed;
 #[cfg(test)]
 mod tests;
 
 pub use check::{Finding, Rejected, check};
 pub use forecast::Forecast;
 pub use gang::{Infeasible, fits};
-pub use plan::{Certificate, Checked, Committed, Decision, DeviceSlots, Layout, Limit, Plan, Proposed, diff};
-pub use problem::{Device, Effort, Goal, Instance, Payback, Problem, Standing, Survive};
+pub use plan::{
+    Balance, Certificate, Checked, Committed, Decision, DeviceSlots, Layout, Limit, Plan, Proposed, Weights, diff,
+};
+pub use problem::{Device, Effort, Goal, Instance, Payback, Problem, Sharing, Standing, Survive};
 
 /// The plan for the problem's instance. With `previous` (the layout of its last revision) replicas stay
 /// where they may; a repair never fails for want of redundancy, it survives less and says so.
@@ -27,8 +31,16 @@ pub use problem::{Device, Effort, Goal, Instance, Payback, Problem, Standing, Su
 /// [`Infeasible`] with what is missing.
 pub fn solve(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Proposed>, Infeasible> {
     let gang = gang::choose(problem, previous)?;
-    let (target, certificate) = experts::place(problem, &gang, previous)?;
+    let (target, mut certificate, balance) = experts::place(problem, &gang, previous)?;
     let waves = experts::order(problem, &target, previous, gang.survives.copies())?;
+    let sharing = problem.instance.sharing;
+    let mut weights = Vec::new();
+    if sharing == Sharing::Weighted {
+        weights = waves.iter().map(|layout| share::weights(problem, layout)).collect();
+        if let (Some(layout), Some(weights)) = (waves.last(), weights.last()) {
+            share::certify(problem, layout, weights, &mut certificate);
+        }
+    }
     let (moves, moved_bytes) = experts::moved(problem, &waves, previous);
     Ok(Plan::propose(Decision {
         name: problem.instance.name.clone(),
@@ -38,5 +50,8 @@ pub fn solve(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Propos
         moves,
         moved_bytes,
         certificate,
+        sharing,
+        weights,
+        balance,
     }))
 }

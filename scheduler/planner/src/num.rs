@@ -53,3 +53,9 @@ pub(crate) fn whole(value: usize) -> i64 {
 pub(crate) fn signed_real(value: i64) -> f64 {
     value as f64
 }
+
+/// `value` rounded down to a weight; 0 for what is no number above 0, the largest beyond the range.
+#[expect(clippy::as_conversions, reason = "f64 to u16 saturates, which is what is wanted")]
+pub(crate) fn fixed(value: f64) -> u16 {
+    value.floor() as u16
+}

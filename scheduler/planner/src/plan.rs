@@ -10,7 +10,10 @@ use std::{
 use berth_types::{Bytes, DeviceId, ExpertId, LayerId, PlacementName, Revision};
 use serde::{Deserialize, Serialize};
 
-use crate::{num, problem::Survive};
+use crate::{
+    num,
+    problem::{Sharing, Survive},
+};
 
 /// One device of a layout.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +74,10 @@ impl Layout {
     }
 }
 
+/// By layer and slot of a layout, the part of its expert's tokens that a slot's replica takes, in 1 / 65,535.
+/// The parts of an expert sum to 65,535 exactly; an empty slot has 0.
+pub type Weights = BTreeMap<LayerId, Vec<u16>>;
+
 /// A plan as `solve` made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Proposed;
@@ -98,11 +105,71 @@ pub struct Decision {
     pub moved_bytes: Bytes,
     /// How good the last layout is, and what keeps it from being better.
     pub certificate: Certificate,
+    /// How the certificate assumes that replicas share tokens.
+    pub sharing: Sharing,
+    /// When weighted, the weights of each of `waves`; else none.
+    pub weights: Vec<Weights>,
+    /// Why replicas moved for balance, or did not.
+    pub balance: Balance,
+}
+
+/// Why replicas moved for balance, or did not. Gains and costs are shares of the time that experts take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum Balance {
+    /// It was not asked for: a first placement, or a repair.
+    #[default]
+    Unasked,
+    /// The slowest device is so near its bound that no move can be worth it.
+    Close {
+        /// What it is above the bound, mean over layers.
+        slack: f64,
+    },
+    /// What moves could gain does not pay them back.
+    Unpaid {
+        /// Fall of the slowest device, mean over layers, of the best steps found.
+        gain: f64,
+        /// What moving their bytes costs.
+        cost: f64,
+        /// Least gain less cost for which anything moves.
+        least: f64,
+    },
+    /// Moves pay back.
+    Paid {
+        /// Fall of the slowest device, mean over layers.
+        gain: f64,
+        /// What moving the bytes costs.
+        cost: f64,
+    },
+}
+
+impl fmt::Display for Balance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |share: f64| share * 100.0;
+        match *self {
+            Self::Unasked => f.write_str("balance not asked for"),
+            Self::Close { slack } => {
+                write!(f, "nothing moves: the slowest device is {:.2} % above its bound", percent(slack))
+            }
+            Self::Unpaid { gain, cost, least } => write!(
+                f,
+                "nothing moves: moves would gain {:.2} % of the experts' time and cost {:.2} %, and {:.2} % must be left",
+                percent(gain),
+                percent(cost),
+                percent(least)
+            ),
+            Self::Paid { gain, cost } => write!(
+                f,
+                "moves pay back: they gain {:.2} % of the experts' time and cost {:.2} %",
+                percent(gain),
+                percent(cost)
+            ),
+        }
+    }
 }
 
 /// How good a layout is. Times are load ÷ speed over the ideal, which is total load ÷ total speed; a layer
 /// without load counts 1.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
     /// Slowest device, mean over layers.
     pub makespan: f64,
@@ -115,7 +182,7 @@ pub struct Certificate {
 }
 
 /// What limits the slowest layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
     /// The layer.
     pub layer: LayerId,
@@ -161,6 +228,12 @@ impl<S> Plan<S> {
         self.decision.waves.first()
     }
 
+    /// The weights of the plan's revision; `None` = replicas share evenly.
+    #[must_use]
+    pub fn weights(&self) -> Option<&Weights> {
+        self.decision.weights.first()
+    }
+
     fn into<T>(self) -> Plan<T> {
         Plan { decision: self.decision, state: PhantomData }
     }
@@ -196,6 +269,9 @@ impl Plan<Committed> {
             return None;
         }
         decision.waves.remove(0);
+        if !decision.weights.is_empty() {
+            decision.weights.remove(0);
+        }
         decision.revision = decision.revision.next();
         Some(Plan::propose(decision))
     }
@@ -240,12 +316,17 @@ pub fn diff(before: Option<&Layout>, after: &Layout) -> String {
 
 impl<S> fmt::Display for Plan<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Decision { name, revision, waves, survives, moves, moved_bytes, certificate } = &self.decision;
+        let Decision { name, revision, waves, survives, moves, moved_bytes, certificate, sharing, balance, .. } =
+            &self.decision;
         write!(
             f,
             "{name} revision {revision}: {moves} moves, {moved_bytes}, {} wave(s), survives {}, {certificate}",
             waves.len(),
             survives.as_str()
-        )
+        )?;
+        if *sharing == Sharing::Weighted {
+            f.write_str("; replicas share tokens by weight")?;
+        }
+        if *balance == Balance::Unasked { Ok(()) } else { write!(f, "; {balance}") }
     }
 }

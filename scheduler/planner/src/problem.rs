@@ -62,6 +62,27 @@ impl Survive {
     }
 }
 
+/// How the replicas of an expert share its tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Sharing {
+    /// Evenly: each takes as many as the others.
+    #[default]
+    Even,
+    /// By weights that the plan carries: a slower or fuller device takes a smaller part.
+    Weighted,
+}
+
+impl Sharing {
+    /// The word in sentences.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Even => "even",
+            Self::Weighted => "weighted",
+        }
+    }
+}
+
 /// One device, as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Device {
@@ -83,7 +104,8 @@ pub struct Device {
     pub workspace: Bytes,
     /// Bytes that other instances hold or have been promised.
     pub committed: Bytes,
-    /// Tokens per second relative to other devices; above 0.
+    /// Tokens per second relative to other devices; above 0. `speed::relative` makes it from what was
+    /// measured and declared.
     pub speed: f64,
     /// Works below its nominal speed or safety: taken last.
     pub degraded: bool,
@@ -143,6 +165,9 @@ pub struct Instance {
     pub extra_replicas: u32,
     /// What its experts were asked for.
     pub loads: Loads,
+    /// How its runner can share an expert's tokens over replicas.
+    #[serde(default)]
+    pub sharing: Sharing,
 }
 
 impl Instance {
@@ -181,6 +206,8 @@ pub enum Goal {
     Rebalance {
         /// Most replicas that may move; `None` = no bound.
         moves: Option<u32>,
+        /// Most bytes that may move; `None` = no bound.
+        bytes: Option<Bytes>,
     },
 }
 

@@ -13,7 +13,7 @@ use super::{
     repair::{self, Rows},
     replan::{self, Budget, Track},
 };
-use crate::{num, problem::Effort};
+use crate::{num, plan::Balance, problem::Effort};
 
 /// All layers, to be filled.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +70,14 @@ const REPAIR_EFFORT: u64 = 30_000;
 /// # Errors
 /// [`Short`] when the required copies do not fit; every other input gives valid layers.
 pub fn arrange(task: &Task<'_>) -> Result<Vec<Arranged>, Short> {
+    fill(task).map(|(arranged, _)| arranged)
+}
+
+/// Fills all layers, and says why replicas moved for balance or did not.
+///
+/// # Errors
+/// As [`arrange`].
+pub fn fill(task: &Task<'_>) -> Result<(Vec<Arranged>, Balance), Short> {
     let Duty { copies, apart } = task.duty;
     let experts = task.loads.iter().map(Vec::len).max().unwrap_or(0);
     let (needed, room) = (experts * copies, task.fleet.room(experts, copies, apart));
@@ -79,14 +87,14 @@ pub fn arrange(task: &Task<'_>) -> Result<Vec<Arranged>, Short> {
     let loads: Vec<(Vec<f64>, bool)> = task.loads.iter().map(|loads| normal(task.fleet, loads)).collect();
     let Some(previous) = task.previous else {
         let boards = each(task.threads, &loads, |_, (loads, _)| first(task, loads));
-        return Ok(boards.iter().zip(&loads).map(|(board, (_, known))| finish(board, *known, None)).collect());
+        let arranged = boards.iter().zip(&loads).map(|(board, (_, known))| finish(board, *known, None)).collect();
+        return Ok((arranged, Balance::Unasked));
     };
     let mut tracks = each(task.threads, &loads, |layer, (loads, _)| start(task, loads, previous.get(layer)));
-    if task.budget.moves != Some(0) {
-        balance(task, &mut tracks, &loads);
-    }
+    let balance = if task.budget.moves == Some(0) { Balance::Unasked } else { balance(task, &mut tracks, &loads) };
     let finished = tracks.iter().zip(&loads).enumerate();
-    Ok(finished.map(|(layer, (track, (_, known)))| finish(&track.board, *known, previous.get(layer))).collect())
+    let finished = finished.map(|(layer, (track, (_, known)))| finish(&track.board, *known, previous.get(layer)));
+    Ok((finished.collect(), balance))
 }
 
 /// Loads in units of the ideal time, and whether they say anything.
@@ -124,11 +132,12 @@ fn start<'a>(task: &Task<'a>, loads: &'a [f64], previous: Option<&Rows>) -> Trac
 }
 
 /// Moves what pays, within the budget.
-fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, bool)]) {
+fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, bool)]) -> Balance {
     let repaired = tracks.iter().any(|track| track.repaired);
     let above: f64 = tracks.iter().map(|track| track.slack(task.fleet)).sum();
-    if above / num::real_size(tracks.len().max(1)) <= task.budget.least {
-        return;
+    let slack = above / num::real_size(tracks.len().max(1));
+    if slack <= task.budget.least {
+        return Balance::Close { slack };
     }
     let share = task.budget.moves.map_or(usize::MAX, |moves| (moves / tracks.len().max(1)).saturating_mul(3) + 8);
     let effort = if repaired { task.effort.units.min(REPAIR_EFFORT) } else { task.effort.units };
@@ -140,7 +149,7 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, boo
         }
     });
     *tracks = slots.into_iter().map(|track| track.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
-    replan::settle(tracks, task.budget);
+    replan::settle(tracks, task.budget)
 }
 
 fn finish(board: &Board<'_>, known: bool, previous: Option<&Rows>) -> Arranged {

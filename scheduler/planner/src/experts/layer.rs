@@ -76,7 +76,7 @@ fn polish(board: Board<'_>, duty: Duty, target: f64) -> Board<'_> {
         let before = board.held();
         let mut track = [Track::new(board, before, duty, false)];
         track[0].advance(usize::MAX, POLISH);
-        replan::settle(&mut track, Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 });
+        let _ = replan::settle(&mut track, Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 });
         let [track] = track;
         board = track.board;
         board.weigh();

@@ -16,16 +16,16 @@ mod waves;
 
 use std::collections::BTreeMap;
 
-use berth_types::{ExpertId, LayerId};
+use berth_types::{Bytes, ExpertId, LayerId};
 
 use crate::{
     gang::{Gang, Infeasible},
     num,
-    plan::{Certificate, DeviceSlots, Layout, Limit},
+    plan::{Balance, Certificate, DeviceSlots, Layout, Limit},
     problem::{Device, Goal, Problem, Survive},
 };
 
-pub use arrange::{Arranged, Short, Task, arrange};
+pub use arrange::{Arranged, Short, Task, arrange, fill};
 pub use fleet::{Fleet, Site};
 pub use layer::Duty;
 pub use repair::Rows;
@@ -43,7 +43,7 @@ pub(crate) fn place(
     problem: &Problem,
     gang: &Gang,
     previous: Option<&Layout>,
-) -> Result<(Layout, Certificate), Infeasible> {
+) -> Result<(Layout, Certificate, Balance), Infeasible> {
     let devices: Vec<(&Device, usize)> =
         gang.members.iter().filter_map(|(index, slots)| Some((problem.devices.get(*index)?, *slots))).collect();
     let fleet = Fleet::new(&sites(problem, &devices, gang.survives));
@@ -59,7 +59,7 @@ pub(crate) fn place(
         effort: problem.effort,
         threads: problem.threads,
     };
-    let arranged = arrange(&task).map_err(|short| Infeasible::Arrangement {
+    let (arranged, balance) = fill(&task).map_err(|short| Infeasible::Arrangement {
         layer: layers.first().map_or(0, |layer| layer.0),
         devices: devices.len(),
         why: short.to_string(),
@@ -73,16 +73,16 @@ pub(crate) fn place(
     };
     let layout =
         Layout { devices: slots.collect(), layers: layers.into_iter().zip(arranged.into_iter().map(row)).collect() };
-    Ok((layout, certificate))
+    Ok((layout, certificate, balance))
 }
 
 /// What may move for balance.
 fn budget(problem: &Problem, devices: usize) -> Budget {
     match problem.goal {
         Goal::Repair => Budget::NONE,
-        Goal::Rebalance { moves } => Budget {
+        Goal::Rebalance { moves, bytes } => Budget {
             moves: moves.map(num::index),
-            bytes: None,
+            bytes: bytes.map(Bytes::get),
             price: problem.payback.price(devices),
             least: LEAST_GAIN,
         },

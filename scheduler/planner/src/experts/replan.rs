@@ -8,7 +8,7 @@ use super::{
     layer::Duty,
     search::{Change, apply, undo},
 };
-use crate::num;
+use crate::{num, plan::Balance};
 
 /// What a re-plan may cost, beyond what it must repair.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -272,11 +272,12 @@ pub(super) fn displace(board: &Board<'_>, growth: &[f64], held: usize, device: u
 
 /// The steps of all layers in the order of what they gain per byte, a layer's own in their order, as far as
 /// the budget reaches; then back to where gain less cost was largest, or to the beginning. Every track keeps
-/// exactly the steps that were taken.
-pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) {
+/// exactly the steps that were taken. Says what they gain and cost, or what the best would have.
+pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) -> Balance {
     let layers = num::real_size(tracks.len().max(1));
     let mut taken = vec![0_usize; tracks.len()];
     let mut best = (budget.least, taken.clone());
+    let (mut paid, mut most_net) = (None, (f64::NEG_INFINITY, 0.0, 0.0));
     let (mut moves, mut bytes, mut relief) = (0_i64, 0_i64, 0.0);
     let most = budget.moves.map_or(i64::MAX, num::whole);
     let most_bytes = budget.bytes.map_or(i64::MAX, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
@@ -292,9 +293,13 @@ pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) {
         }
         (moves, bytes, relief) = (moves + step.moves, bytes + step.bytes, relief + step.relief);
         taken[at] += 1;
-        let gain = relief / layers - budget.price * num::signed_real(bytes);
-        if gain > best.0 {
-            best = (gain, taken.clone());
+        let (gain, cost) = (relief / layers, budget.price * num::signed_real(bytes));
+        if gain - cost > most_net.0 {
+            most_net = (gain - cost, gain, cost);
+        }
+        if gain - cost > best.0 {
+            best = (gain - cost, taken.clone());
+            paid = Some(Balance::Paid { gain, cost });
         }
         if let Some(next) = tracks[at].steps.get(taken[at]) {
             heads.push((next.ratio.to_bits(), std::cmp::Reverse(at)));
@@ -303,4 +308,6 @@ pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) {
     for (track, steps) in tracks.iter_mut().zip(best.1) {
         track.retreat(steps);
     }
+    let (_, gain, cost) = most_net;
+    paid.unwrap_or(Balance::Unpaid { gain, cost, least: budget.least })
 }

@@ -65,6 +65,7 @@ pub(super) fn problem(experts: u32, devices: Vec<Device>) -> Problem {
             survive: Survive::Nothing,
             extra_replicas: 0,
             loads: BTreeMap::new(),
+            sharing: crate::Sharing::Even,
         },
         devices,
         held: Vec::new(),

@@ -100,7 +100,7 @@ fn a_move_that_does_not_fit_at_once_goes_in_waves() {
     let tokens =
         |layer: LayerId| (0..12).map(|at| if hot(layer).contains(&Some(ExpertId(at))) { 900 } else { 10 }).collect();
     next.instance.loads = (1..4).map(|layer| (LayerId(layer), tokens(LayerId(layer)))).collect();
-    next.goal = Goal::Rebalance { moves: None };
+    next.goal = Goal::Rebalance { moves: None, bytes: None };
     let plan = solve(&next, Some(&layout)).unwrap();
     assert!(plan.decision().waves.len() > 1, "{plan}");
     assert_eq!(findings(&next, Some(&layout), &plan), []);

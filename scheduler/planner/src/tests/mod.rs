@@ -3,10 +3,11 @@
 mod fixtures;
 mod golden;
 mod layers;
+mod sharing;
 
 use std::collections::BTreeSet;
 
-use crate::{Effort, Goal, Infeasible, Layout, Problem, Standing, Survive, check::findings, solve};
+use crate::{Effort, Goal, Infeasible, Layout, Problem, Sharing, Standing, Survive, check::findings, solve};
 use berth_types::{Bytes, ExpertId};
 use fixtures::{device, problem, sites};
 use proptest::prelude::*;
@@ -23,6 +24,7 @@ fn any_problem() -> impl Strategy<Value = Problem> {
             let experts_size = usize::try_from(experts).unwrap();
             problem.instance.extra_replicas = extra;
             problem.instance.devices = devices;
+            problem.instance.sharing = if seed % 2 == 0 { Sharing::Even } else { Sharing::Weighted };
             problem.instance.blast_radius_percent = blast;
             problem.instance.survive = [Survive::Nothing, Survive::Device, Survive::Node, Survive::Rack][survive];
             for (layer, tokens) in problem.instance.geometry.expert_layer_ids().zip(loads.chunks(24)) {
@@ -79,7 +81,7 @@ proptest! {
         if let Ok(plan) = solve(&problem, None) {
             let layout = plan.first().unwrap().clone();
             let mut next = after(&problem, &layout);
-            next.goal = Goal::Rebalance { moves: None };
+            next.goal = Goal::Rebalance { moves: None, bytes: None };
             prop_assert_eq!(solve(&next, Some(&layout)).unwrap().decision().moves, 0);
         }
     }
@@ -119,7 +121,7 @@ proptest! {
             let shift = shift % tokens.len();
             tokens.rotate_left(shift);
         }
-        next.goal = Goal::Rebalance { moves: Some(moves) };
+        next.goal = Goal::Rebalance { moves: Some(moves), bytes: None };
         match solve(&next, Some(&layout)) {
             Ok(moved) => {
                 prop_assert_eq!(findings(&next, Some(&layout), &moved), vec![]);
@@ -127,6 +129,18 @@ proptest! {
             }
             Err(error) => prop_assert!(matches!(error, Infeasible::NoTransition { .. }), "{}", error),
         }
+    }
+
+    #[test]
+    fn weights_make_no_layout_slower(problem in any_problem()) {
+        let (mut even, mut weighted) = (problem.clone(), problem);
+        even.instance.sharing = Sharing::Even;
+        weighted.instance.sharing = Sharing::Weighted;
+        let (Ok(even), Ok(weighted)) = (solve(&even, None), solve(&weighted, None)) else { return Ok(()) };
+        let makespan = |plan: &crate::Plan<crate::Proposed>| plan.decision().certificate.makespan;
+        // Rounded to weights.
+        prop_assert!(makespan(&weighted) <= makespan(&even) * (1.0 + 1e-4));
+        prop_assert_eq!(even.weights(), None);
     }
 
     #[test]
