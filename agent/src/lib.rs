@@ -218,7 +218,8 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         facts: observation.facts.clone(),
     };
     organs.keep("prober", Box::pin(prober.run(organs.last.clone())));
-    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms };
+    let backend = worker.backend;
+    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms, backend };
     let speech = Speech { clock, node, client, scheduler_lease, metrics };
     organs.join(speech, publisher, worker, observation);
     Ok(part.finish().await?)

@@ -191,6 +191,7 @@ mod tests {
             placement_uid: "6c1f".to_owned(),
             revision,
             weights: Some(v1::Weights { uri: "file:///models/v3".to_owned(), digest: String::new() }),
+            format: String::new(),
             layers: Vec::new(),
         };
         let device = v1::DeviceShelves { device: "gpu-07/0000:3b:00.0".to_owned(), shelves: vec![shelf] };

@@ -73,7 +73,7 @@ impl Prober {
         let child = Command::new(&self.worker.program)
             .arg("probe")
             .args(["--device", device.as_str()])
-            .args(["--backend", self.worker.backend])
+            .args(["--backend", &self.worker.backend.to_string()])
             .arg("--pci-devices")
             .arg(&self.pci_devices)
             .args(pci.map(|pci| format!("--pci={pci}")))

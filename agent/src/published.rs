@@ -4,9 +4,10 @@
 use std::{sync::Arc, time::Duration};
 
 use berth_crds::accelerator_node::{DeviceStatus, NodeHealth};
+use berth_kernels::{BackendKind, computes};
 use berth_proto::{convert, v1};
 use berth_runtime::{Clock, telemetry::trace::TraceContext};
-use berth_types::{Bytes, DeviceId, NodeName, Vendor};
+use berth_types::{Bytes, DeviceId, NodeName, Vendor, WeightFormat};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use tokio::sync::watch;
@@ -34,6 +35,8 @@ pub struct Device {
     pub since_unix_ms: i64,
     /// Trace of the fault that led to this.
     pub trace: Option<TraceContext>,
+    /// Formats that its worker's kernels compute with.
+    pub computes: &'static [WeightFormat],
 }
 
 /// What is said.
@@ -64,6 +67,8 @@ pub struct Publisher {
     pub boot_id: String,
     /// Milliseconds since boot when this process began: where the sequence starts.
     pub uptime_ms: u64,
+    /// What its workers compute on.
+    pub backend: BackendKind,
 }
 
 impl Publisher {
@@ -105,7 +110,8 @@ impl Publisher {
                 standing.evidence = format!("{}{sep}{why}", standing.evidence);
             }
             let since_unix_ms = self.unix_ms(standing.since);
-            Some(Device { id, info: shown.info.clone(), standing, since_unix_ms, trace: shown.trace })
+            let computes = computes(self.backend, &shown.info.product);
+            Some(Device { id, info: shown.info.clone(), standing, since_unix_ms, trace: shown.trace, computes })
         };
         Published {
             boot_id: self.boot_id.clone(),
@@ -195,6 +201,7 @@ impl Device {
             card: self.info.card.clone(),
             since_unix_ms: self.since_unix_ms,
             traceparent: self.trace.map(|trace| trace.to_string()).unwrap_or_default(),
+            computes: self.computes.to_vec(),
         }
     }
 
@@ -216,6 +223,7 @@ impl Device {
             evidence: evidence.clone(),
             since: Timestamp::from_millisecond(self.since_unix_ms).ok().map(Time),
             worker,
+            computes: self.computes.to_vec(),
         }
     }
 }

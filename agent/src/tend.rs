@@ -184,7 +184,7 @@ impl Tender {
         command
             .arg("worker")
             .args(["--device", self.device.as_str()])
-            .args(["--backend", self.config.backend])
+            .args(["--backend", &self.config.backend.to_string()])
             .args(["--listen", &address, "--admin", &address])
             .args(["--memory", &self.memory.to_string()])
             .args(["--weights-roots", &roots.join(":")])

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, num::NonZeroUsize, path::PathBuf, sync::Arc};
 
+use berth_kernels::BackendKind;
 use berth_proto::v1::{self, ShelfState};
 use berth_runtime::Clock;
 use berth_types::{Bytes, DeviceId, NodeName, Revision};
@@ -24,7 +25,7 @@ pub struct WorkerConfig {
     /// The program; its first argument will be `worker`.
     pub program: PathBuf,
     /// The backend that computes, as `berth worker --backend` takes it.
-    pub backend: &'static str,
+    pub backend: BackendKind,
     /// Where workers listen; each takes a free port.
     pub address: IpAddr,
     /// Folders that weights may be read from.

@@ -4,6 +4,7 @@ use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time
 
 use anyhow::Context;
 use berth_agent::{Config, health::device::Settings, workers::WorkerConfig};
+use berth_kernels::BackendKind;
 use berth_runtime::{Clock, shutdown, telemetry::export_traces};
 use berth_types::{Bytes, NodeName};
 
@@ -134,14 +135,14 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
     Ok(Verdict::Pass)
 }
 
-fn backend(wanted: Backend) -> &'static str {
+fn backend(wanted: Backend) -> BackendKind {
     match wanted {
-        Backend::Cpu => "cpu",
-        Backend::Cuda => "cuda",
-        Backend::Ascend => "ascend",
+        Backend::Cpu => BackendKind::Cpu,
+        Backend::Cuda => BackendKind::Cuda,
+        Backend::Ascend => BackendKind::Ascend,
         Backend::Auto => {
             tracing::info!("worker backend auto: this build computes on the CPU only");
-            "cpu"
+            BackendKind::Cpu
         }
     }
 }

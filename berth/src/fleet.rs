@@ -151,6 +151,7 @@ impl Fleet {
                 revision: REVISION,
                 uri: checkpoint.display().to_string(),
                 digest: String::new(),
+                format: None,
                 slots: member.slots.clone(),
             };
             let order = v1::WorkerOrder { shelves: vec![v1::Shelf::from(&shelf)], ..Default::default() };

@@ -4,7 +4,6 @@
 mod v4;
 
 use std::{
-    collections::BTreeMap,
     fs,
     io::Write as _,
     path::{Path, PathBuf},
@@ -12,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use berth_crds::{ModelProfile, ModelProfileSpec, presets};
-use berth_types::{Bytes, Geometry};
+use berth_types::{Bytes, Geometry, Vendor, WeightFormat};
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
@@ -50,6 +49,14 @@ struct ImportArgs {
     /// Cache bytes per token (default: computed from the config).
     #[arg(long)]
     kv_bytes_per_token: Option<Bytes>,
+    /// How devices of a vendor hold experts, such as ascend=int8_per_channel; repeatable (default: as stored).
+    #[arg(long, value_parser = vendor_format)]
+    vendor_format: Vec<(Vendor, WeightFormat)>,
+}
+
+fn vendor_format(text: &str) -> Result<(Vendor, WeightFormat), String> {
+    let (vendor, format) = text.split_once('=').ok_or("write it as VENDOR=FORMAT")?;
+    Ok((vendor.parse().map_err(|error| format!("{error}"))?, format.parse()?))
 }
 
 /// Prints what was asked for.
@@ -75,7 +82,7 @@ fn preset(name: Option<&str>) -> anyhow::Result<String> {
 }
 
 fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
-    let ImportArgs { config, name, non_expert_bytes, kv_bytes_per_token } = args;
+    let ImportArgs { config, name, non_expert_bytes, kv_bytes_per_token, vendor_format } = args;
     let file = if config.is_dir() { config.join("config.json") } else { config.clone() };
     let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
     let value: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", file.display()))?;
@@ -121,7 +128,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
         kv_fixed_bytes_per_sequence,
         context: fields.number("max_position_embeddings")?,
         geometry,
-        vendor_formats: BTreeMap::new(),
+        vendor_formats: vendor_format.iter().copied().collect(),
         throughput: Vec::new(),
         sources,
     };
@@ -253,7 +260,13 @@ mod tests {
         for (name, size) in files {
             fs::write(checkpoint.join(name), vec![0; *size]).unwrap();
         }
-        import(&ImportArgs { config: checkpoint, name: None, non_expert_bytes: None, kv_bytes_per_token: None })
+        import(&ImportArgs {
+            config: checkpoint,
+            name: None,
+            non_expert_bytes: None,
+            kv_bytes_per_token: None,
+            vendor_format: Vec::new(),
+        })
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! AcceleratorNode: one node's devices. The operator writes the spec, the node's agent the status but
 //! for the `Reachable` condition, which is the scheduler's.
 
-use berth_types::{Action, Admission, Bytes, DeviceId, Health, Reason, Scope, Vendor};
+use berth_types::{Action, Admission, Bytes, DeviceId, Health, Reason, Scope, Vendor, WeightFormat};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -246,4 +246,8 @@ pub struct DeviceStatus {
     /// What its worker does: Starting, Serving, Dead; empty = no worker.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub worker: String,
+    /// Weight formats that its kernels compute with; none = not said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub computes: Vec<WeightFormat>,
 }

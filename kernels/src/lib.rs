@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod bench;
 pub mod checkpoint;
+mod computes;
 pub mod conformance;
 pub mod cpu;
 mod error;
@@ -19,6 +20,7 @@ pub mod vendor;
 
 pub use backend::{Backend, BackendKind, Batch, MemoryUse, PackedExpert, StoredExpert, open};
 pub use checkpoint::{Checkpoint, CheckpointError, Roots};
+pub use computes::computes;
 
 pub use error::KernelError;
 pub use format::{ScaleType, StoredFormat, StoredMatrix};

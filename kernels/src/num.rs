@@ -39,6 +39,18 @@ pub(crate) fn signed(byte: u8) -> i8 {
     byte as i8
 }
 
+/// A signed byte's bits.
+#[inline]
+pub(crate) fn byte_of(value: i8) -> u8 {
+    value as u8
+}
+
+/// The whole number `value` as a byte, saturating; NaN becomes 0.
+#[inline]
+pub(crate) fn f32_to_i8(value: f32) -> i8 {
+    value as i8
+}
+
 /// A 64-bit count as a float; rounds above 2^53.
 #[inline]
 pub(crate) fn f64_of_u64(value: u64) -> f64 {

@@ -7,7 +7,7 @@ use berth_crds::{
     AcceleratorNode, ModelProfileSpec,
     model_deployment::{DeviceChoice, Redundancy, Survive},
 };
-use berth_types::{Admission, Bytes, DeviceMemory, Health, Vendor};
+use berth_types::{Admission, Bytes, DeviceMemory, Health, Vendor, WeightFormat};
 
 /// One device that new replicas may go to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct FleetDevice {
     pub product: String,
     /// Memory on the device.
     pub memory: Bytes,
+    /// Weight formats that its kernels compute with; none = not said, as if all.
+    pub computes: Vec<WeightFormat>,
     /// Its node.
     pub node: String,
     /// Its rack; the node's name where none is known.
@@ -56,6 +58,7 @@ fn of_node(node: &AcceleratorNode) -> Vec<(String, FleetDevice)> {
             vendor: device.vendor,
             product: device.product.clone(),
             memory: device.memory_bytes,
+            computes: device.computes.clone(),
             node: name.clone(),
             rack: rack.clone(),
         };
@@ -80,8 +83,8 @@ pub fn devices_needed(
         .filter(|device| choice.vendors.is_empty() || choice.vendors.contains(&device.vendor))
         .filter(|device| choice.products.is_empty() || choice.products.contains(&device.product))
         .collect();
-    let total = allowed.len();
-    if total == 0 {
+    let (allowed, unable): (Vec<_>, Vec<_>) = allowed.into_iter().partition(|device| is_computed_on(profile, device));
+    if allowed.is_empty() && unable.is_empty() {
         let message = format!(
             "no allowed device of {} schedulable ones: label nodes berth.dev/mode=native, or allow other vendors or products in spec.devices",
             fleet.len()
@@ -103,7 +106,33 @@ pub fn devices_needed(
             (_, now) => Some(now),
         };
     }
-    best.unwrap_or_else(|| Err(Shortage { message: "no allowed device".to_owned() }))
+    let short = best.unwrap_or_else(|| Err(Shortage { message: "no allowed device is left".to_owned() }));
+    short.map_err(|short| naming_formats(profile, short, &unable))
+}
+
+/// How devices of `vendor` hold experts of `profile`.
+fn format(profile: &ModelProfileSpec, vendor: Vendor) -> WeightFormat {
+    profile.vendor_formats.get(&vendor).copied().unwrap_or(profile.geometry.format)
+}
+
+fn is_computed_on(profile: &ModelProfileSpec, device: &FleetDevice) -> bool {
+    device.computes.is_empty() || device.computes.contains(&format(profile, device.vendor))
+}
+
+/// Adds the devices that were left out for their format: what helps may be a word in the profile.
+fn naming_formats(profile: &ModelProfileSpec, short: Shortage, unable: &[&FleetDevice]) -> Shortage {
+    let Some(first) = unable.first() else { return short };
+    let words: Vec<_> = first.computes.iter().map(|format| format.as_str()).collect();
+    let message = format!(
+        "{}; {} more ({}) do not compute with {}: set vendorFormats.{} of the ModelProfile to one of {}",
+        short.message,
+        unable.len(),
+        first.product,
+        format(profile, first.vendor),
+        first.vendor,
+        words.join(", ")
+    );
+    Shortage { message }
 }
 
 fn of_pool(
@@ -170,8 +199,7 @@ fn slots_of<'a>(
     let reserve = profile.non_expert_bytes.plus(kv_budget(profile));
     let share = Bytes(reserve.get().div_ceil(u64::try_from(count.max(1)).unwrap_or(u64::MAX)));
     let room = |device: &FleetDevice| {
-        let format = profile.vendor_formats.get(&device.vendor).copied().unwrap_or(profile.geometry.format);
-        let expert = profile.geometry.expert_bytes(format);
+        let expert = profile.geometry.expert_bytes(format(profile, device.vendor));
         let memory = DeviceMemory { device: device.memory, workspace: share, committed: Bytes::ZERO };
         memory.slots_per_layer(&profile.geometry, expert).unwrap_or(0).min(u64::from(profile.geometry.experts))
     };
@@ -214,7 +242,7 @@ fn short(pool: &[&FleetDevice], needed: u64, slots: &[(u64, &str)], asked: Optio
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use berth_types::{Geometry, Scoring, WeightFormat};
+    use berth_types::{Geometry, Scoring};
     use proptest::prelude::*;
 
     pub(crate) fn profile() -> ModelProfileSpec {
@@ -254,6 +282,7 @@ pub(crate) mod tests {
             vendor: Vendor::Nvidia,
             product: "h200".to_owned(),
             memory,
+            computes: Vec::new(),
             node: node.to_owned(),
             rack: node.to_owned(),
         }
@@ -301,6 +330,23 @@ pub(crate) mod tests {
         assert_eq!(need(&heavy), Ok(3));
         heavy.non_expert_bytes = fleet[0].memory.times(5);
         assert!(need(&heavy).is_err());
+    }
+
+    #[test]
+    fn a_chip_that_lacks_the_format_does_not_count_and_says_what_would_do() {
+        let mut fleet = vec![device("a", 16)];
+        fleet[0].computes = vec![WeightFormat::Int8PerRow];
+        let need = |profile: &ModelProfileSpec, fleet: &[FleetDevice]| {
+            devices_needed(profile, &DeviceChoice::default(), &survive(Survive::None), fleet)
+        };
+        let message = need(&profile(), &fleet).unwrap_err().message;
+        assert!(message.contains("1 more (h200) do not compute with bf16"), "{message}");
+        assert!(message.contains("vendorFormats.nvidia of the ModelProfile to one of int8_per_channel"), "{message}");
+        let mut converted = profile();
+        converted.vendor_formats.insert(Vendor::Nvidia, WeightFormat::Int8PerRow);
+        assert_eq!(need(&converted, &fleet), Ok(1));
+        fleet.push(device("b", 16));
+        assert_eq!(need(&profile(), &fleet), Ok(1));
     }
 
     #[test]

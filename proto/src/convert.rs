@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use berth_types::{
     Action, Admission, Bytes, DeviceId, DeviceState, ExpertId, Health, LayerId, PlacementName, Reason, Revision, Scope,
-    Vendor,
+    Vendor, WeightFormat,
 };
 
 use crate::{EMPTY_SLOT, v1};
@@ -84,6 +84,8 @@ pub struct Shelf {
     pub uri: String,
     /// What the weights are; empty = not pinned.
     pub digest: String,
+    /// How the device holds the experts; `None` = as the checkpoint stores them.
+    pub format: Option<WeightFormat>,
     /// Experts by layer and slot.
     pub slots: Slots,
 }
@@ -105,6 +107,7 @@ impl TryFrom<&v1::Shelf> for Shelf {
             revision: Revision(wire.revision),
             uri: weights.uri.clone(),
             digest: weights.digest.clone(),
+            format: Some(wire.format.as_str()).filter(|text| !text.is_empty()).map(weight_format).transpose()?,
             slots: slots_from_wire(&wire.layers)?,
         })
     }
@@ -118,6 +121,7 @@ impl From<&Shelf> for v1::Shelf {
             revision: shelf.revision.0,
             weights: Some(v1::Weights { uri: shelf.uri.clone(), digest: shelf.digest.clone() }),
             layers: slots_to_wire(&shelf.slots),
+            format: shelf.format.map(|format| format.to_string()).unwrap_or_default(),
         }
     }
 }
@@ -136,6 +140,10 @@ pub fn placement(text: &str) -> Result<PlacementName, WireError> {
 /// When it is not `<node>/<local>`.
 pub fn device(text: &str) -> Result<DeviceId, WireError> {
     text.parse().map_err(|_| WireError::new("device", text, "<node>/<PCI address> or <node>/<card>.<device>"))
+}
+
+fn weight_format(text: &str) -> Result<WeightFormat, WireError> {
+    text.parse().map_err(|_| WireError::new("format", text, "a weight format, or nothing"))
 }
 
 /// One device of a health report, checked.
@@ -161,6 +169,8 @@ pub struct DeviceHealth {
     pub since_unix_ms: i64,
     /// W3C trace context of the fault that led to the state; empty = none. Not checked: it decides nothing.
     pub traceparent: String,
+    /// Formats that its kernels compute with; none = not said, as by an agent that does not know the field.
+    pub computes: Vec<WeightFormat>,
 }
 
 impl TryFrom<&v1::DeviceHealth> for DeviceHealth {
@@ -178,6 +188,8 @@ impl TryFrom<&v1::DeviceHealth> for DeviceHealth {
             card: wire.card.clone(),
             since_unix_ms: wire.since_unix_ms,
             traceparent: Some(wire.traceparent.clone()).filter(|text| text.len() <= 64).unwrap_or_default(),
+            // A word of a newer agent is a format that nothing here asks for.
+            computes: wire.computes.iter().filter_map(|word| word.parse().ok()).collect(),
         })
     }
 }
@@ -194,6 +206,7 @@ impl From<&DeviceHealth> for v1::DeviceHealth {
             card: device.card.clone(),
             since_unix_ms: device.since_unix_ms,
             traceparent: device.traceparent.clone(),
+            computes: device.computes.iter().map(ToString::to_string).collect(),
             ..state_to_wire(device.state)
         }
     }
@@ -243,6 +256,7 @@ mod tests {
             revision: Revision(7),
             uri: "file:///models/v3".to_owned(),
             digest: String::new(),
+            format: None,
             slots: [(LayerId(1), vec![Some(ExpertId(3)), None])].into(),
         }
     }

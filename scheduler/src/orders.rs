@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::{
-    index::{Index, Placement},
+    index::{Index, Node, Placement},
     metrics::SchedulerMetrics,
 };
 
@@ -29,21 +29,29 @@ pub fn hello(epoch: Epoch) -> v1::SchedulerHello {
     v1::SchedulerHello { hello: Some(hello), epoch: epoch.0 }
 }
 
-/// Everything that `node`'s devices must hold.
+/// Everything that `node`'s devices must hold; `None` while the node has not said what its devices are and a
+/// placement names formats by vendor: a shelf whose format changes under its revision would be loaded twice.
 #[must_use]
-pub fn desired(index: &Index, node: &str) -> Vec<v1::DeviceShelves> {
+pub fn desired(index: &Index, node: &str) -> Option<Vec<v1::DeviceShelves>> {
+    let known = index.nodes().get(node).map(Node::devices).filter(|devices| !devices.is_empty());
     let mut devices: BTreeMap<DeviceId, Vec<v1::Shelf>> = BTreeMap::new();
     for (name, placement) in index.placements() {
+        let formats = &placement.spec.vendor_formats;
         for revision in placement.cutover.retained() {
             let Some(layout) = placement.layout(revision) else { continue };
             let here = layout.devices.iter().filter(|entry| entry.device.node() == node && entry.slots > 0);
             for device in here.map(|entry| &entry.device) {
+                if known.is_none() && !formats.is_empty() {
+                    return None;
+                }
+                let vendor = known.and_then(|devices| devices.get(device)).map(|device| device.vendor);
                 let shelf = convert::Shelf {
                     placement: name.clone(),
                     placement_uid: placement.uid.clone(),
                     revision,
                     uri: placement.spec.weights.uri.clone(),
                     digest: placement.spec.weights.digest.clone(),
+                    format: vendor.and_then(|vendor| formats.get(&vendor)).copied(),
                     slots: layout.slots_of(device),
                 };
                 devices.entry(device.clone()).or_default().push(v1::Shelf::from(&shelf));
@@ -51,7 +59,7 @@ pub fn desired(index: &Index, node: &str) -> Vec<v1::DeviceShelves> {
         }
     }
     let entry = |(device, shelves): (DeviceId, _)| v1::DeviceShelves { device: device.to_string(), shelves };
-    devices.into_iter().map(entry).collect()
+    Some(devices.into_iter().map(entry).collect())
 }
 
 /// The routes of the revision that `placement` serves: devices with a live replica.
@@ -185,7 +193,10 @@ impl Post {
         }
         let changed = self.note_retained(index, touched);
         for (node, line, sent) in self.agents.values_mut().filter(|(_, _, sent)| changed || sent.is_none()) {
-            let devices = desired(index, node);
+            let Some(devices) = desired(index, node) else {
+                *sent = None;
+                continue;
+            };
             if sent.as_ref() == Some(&devices) {
                 continue;
             }

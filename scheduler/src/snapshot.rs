@@ -39,6 +39,7 @@ pub fn snapshot(
                 workspace: Bytes::ZERO,
                 committed: committed.get(id).copied().unwrap_or_default(),
                 speed: 1.0,
+                computes: known.computes.clone(),
                 degraded: known.state.health >= Health::Degraded,
                 standing,
             });

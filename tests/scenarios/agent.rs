@@ -195,6 +195,7 @@ impl World {
             placement_uid: "6c1f".into(),
             revision,
             weights: Some(weights),
+            format: String::new(),
             layers: vec![layer(1), layer(2)],
         };
         let device =

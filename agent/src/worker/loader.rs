@@ -1,7 +1,7 @@
 //! Bytes to slots: reads the experts that a shelf names and packs them for this device.
 //!
 //! An expert that another revision already has is shared, never read twice: identity is (checkpoint digest,
-//! layer, expert). Memory is refused before the first byte is read, and a load that fails or is cancelled
+//! format, layer, expert). Memory is refused before the first byte is read, and a load that fails or is cancelled
 //! leaves nothing behind. Each load runs on threads of its own, so a file system that hangs holds up
 //! neither the calls nor the end of the process.
 
@@ -17,7 +17,7 @@ use std::{
 
 use berth_kernels::{Backend, Checkpoint, CheckpointError, KernelError, Roots};
 use berth_proto::convert::Shelf;
-use berth_types::{Bytes, DeviceMemory, ExpertId, Geometry, LayerId, model::GeometryError};
+use berth_types::{Bytes, DeviceMemory, ExpertId, Geometry, LayerId, WeightFormat, model::GeometryError};
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -142,6 +142,8 @@ pub(crate) enum LoadError {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Identity {
     digest: Arc<str>,
+    /// As the device holds it; `None` = as stored.
+    format: Option<WeightFormat>,
     layer: LayerId,
     expert: ExpertId,
 }
@@ -216,7 +218,8 @@ impl Loader {
     #[must_use]
     pub(crate) fn claim(&self, shelf: &Shelf) -> Claim {
         let digest: Arc<str> = shelf.digest.as_str().into();
-        let identity = |(layer, expert)| Identity { digest: Arc::clone(&digest), layer, expert };
+        let format = shelf.format;
+        let identity = |(layer, expert)| Identity { digest: Arc::clone(&digest), format, layer, expert };
         Claim { _kept: wanted(shelf).into_keys().filter_map(|place| self.pool.get(&identity(place))).collect() }
     }
 
@@ -275,7 +278,8 @@ impl Loader {
             model: &model,
             progress,
             stop,
-            promise: self.promise(&digest, &wanted, &model)?,
+            format: shelf.format,
+            promise: self.promise(&digest, shelf.format, &wanted, &model)?,
         };
         let residents = reading.read_all(&wanted)?;
         self.pool.forget_freed();
@@ -314,13 +318,19 @@ impl Loader {
     }
 
     /// Sets bytes aside for the experts that are not here yet, by the one memory formula.
-    fn promise(&self, digest: &Arc<str>, wanted: &Wanted, model: &Model) -> Result<Promise<'_>, LoadError> {
+    fn promise(
+        &self,
+        digest: &Arc<str>,
+        format: Option<WeightFormat>,
+        wanted: &Wanted,
+        model: &Model,
+    ) -> Result<Promise<'_>, LoadError> {
         let absent = |(layer, expert): (LayerId, ExpertId)| {
-            self.pool.get(&Identity { digest: Arc::clone(digest), layer, expert }).is_none()
+            self.pool.get(&Identity { digest: Arc::clone(digest), format, layer, expert }).is_none()
         };
         let experts = wanted.keys().filter(|place| absent(**place)).count();
         let count = u64::try_from(experts).unwrap_or(u64::MAX);
-        let expert = model.geometry.expert_bytes(model.geometry.format);
+        let expert = model.geometry.expert_bytes(format.unwrap_or(model.geometry.format));
         let needed = expert.times(count);
         let mut promised = self.promised.lock().unwrap_or_else(PoisonError::into_inner);
         let room = self.room(*promised);
@@ -464,6 +474,7 @@ struct Reading<'a> {
     model: &'a Model,
     progress: &'a Progress,
     stop: &'a CancellationToken,
+    format: Option<WeightFormat>,
     promise: Promise<'a>,
 }
 
@@ -504,14 +515,18 @@ impl Reading<'_> {
     }
 
     fn read_one(&self, layer: LayerId, expert: ExpertId) -> Result<Arc<Resident>, LoadError> {
-        let identity = Identity { digest: Arc::clone(&self.digest), layer, expert };
+        let identity = Identity { digest: Arc::clone(&self.digest), format: self.format, layer, expert };
         if let Some(resident) = self.loader.pool.get(&identity) {
             return Ok(resident);
         }
         let Model { hidden, width, limit, .. } = *self.model;
         let stored = self.checkpoint.expert(layer.0, expert.0, hidden, width, limit)?;
         let pack = |cause| LoadError::Pack { layer, expert, cause };
-        let packed = self.loader.backend.pack(&stored).map_err(pack)?;
+        let held = match self.format {
+            Some(format) => stored.converted(format).map_err(pack)?,
+            None => stored,
+        };
+        let packed = self.loader.backend.pack(&held).map_err(pack)?;
         self.promise.keep_one();
         self.progress.bytes.fetch_add(packed.bytes(), Ordering::Relaxed);
         Ok(self.loader.pool.share(identity, Arc::new(Resident { packed })))

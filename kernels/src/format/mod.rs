@@ -4,6 +4,7 @@
 //! nothing here rounds: every value is the stored code times its scale, computed once in `f32`.
 
 pub mod codes;
+mod convert;
 
 use crate::error::{KernelError, check_len};
 use codes::{bf16_to_f32, e2m1_to_f32, e4m3_to_f32, e8m0_to_f32, int4_to_i8};

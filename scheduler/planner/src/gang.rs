@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_types::{Bytes, DeviceId, Vendor};
+use berth_types::{Bytes, DeviceId, Vendor, WeightFormat};
 
 use crate::{
     num,
@@ -93,6 +93,23 @@ pub enum Infeasible {
         /// What is in the way.
         why: String,
     },
+    /// Too few devices, and others only lack the format.
+    #[error(
+        "{cause}; {devices} more do not compute with {format}: set vendorFormats.{vendor} of the ModelProfile to one of \
+         {computes}"
+    )]
+    Format {
+        /// What is missing without them.
+        cause: Box<Infeasible>,
+        /// Devices that are left out.
+        devices: usize,
+        /// How the first of them would hold experts.
+        format: WeightFormat,
+        /// Its vendor.
+        vendor: Vendor,
+        /// What it computes with.
+        computes: String,
+    },
     /// A device has no room to load one new expert beside what it serves.
     #[error(
         "{device} has no room to load one expert beside what it serves: {short} short; free {short} or drain the device"
@@ -124,6 +141,27 @@ pub fn fits(problem: &Problem) -> Result<(), Infeasible> {
 /// The devices for the problem's instance. With a previous layout the answer is a repair: it may survive
 /// less and span fewer devices than declared rather than leave the instance as it is.
 pub(crate) fn choose(problem: &Problem, previous: Option<&Layout>) -> Result<Gang, Infeasible> {
+    choose_able(problem, previous).map_err(|cause| naming_formats(problem, cause))
+}
+
+/// Adds the devices that were left out for their format: what helps may be a word in the profile.
+fn naming_formats(problem: &Problem, cause: Infeasible) -> Infeasible {
+    let instance = &problem.instance;
+    let mut unable = problem.devices.iter().filter(|device| {
+        device.standing == Standing::Open && instance.allows(device) && !instance.is_computed_on(device)
+    });
+    let Some(first) = unable.next() else { return cause };
+    let words: Vec<_> = first.computes.iter().map(|format| format.as_str()).collect();
+    Infeasible::Format {
+        cause: Box::new(cause),
+        devices: unable.count() + 1,
+        format: instance.format(first.vendor),
+        vendor: first.vendor,
+        computes: words.join(", "),
+    }
+}
+
+fn choose_able(problem: &Problem, previous: Option<&Layout>) -> Result<Gang, Infeasible> {
     let kept: BTreeSet<&DeviceId> =
         previous.iter().flat_map(|layout| layout.devices.iter().map(|entry| &entry.device)).collect();
     let declared = problem.instance.survive;
@@ -170,12 +208,12 @@ fn usable(problem: &Problem, kept: &BTreeSet<&DeviceId>) -> Result<Vec<usize>, I
             Standing::Frozen => kept.contains(&device.id),
             Standing::Leaving | Standing::Gone => false,
         };
-        let allowed = (instance.vendors.is_empty() || instance.vendors.contains(&device.vendor))
-            && (instance.products.is_empty() || instance.products.contains(&device.product));
         let slot = instance.expert_bytes(device.vendor).times(u64::from(instance.geometry.expert_layers()));
         needed = if needed == Bytes::ZERO { slot } else { needed.min(slot) };
-        match (open, allowed) {
+        match (open, instance.allows(device)) {
             (false, _) => barred += 1,
+            // Said apart, with the formats that would do.
+            (true, true) if !instance.is_computed_on(device) => {}
             (true, false) => refused += 1,
             (true, true) if instance.capacity(device, problem.devices.len()) == 0 => small += 1,
             (true, true) => usable.push(index),

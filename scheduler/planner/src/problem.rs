@@ -107,6 +107,9 @@ pub struct Device {
     /// Tokens per second relative to other devices; above 0. `speed::relative` makes it from what was
     /// measured and declared.
     pub speed: f64,
+    /// Weight formats that its kernels compute with; none = not said, as if all.
+    #[serde(default)]
+    pub computes: Vec<WeightFormat>,
     /// Works below its nominal speed or safety: taken last.
     pub degraded: bool,
     /// What may be done with it.
@@ -171,10 +174,29 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// How devices of `vendor` hold experts.
+    #[must_use]
+    pub fn format(&self, vendor: Vendor) -> WeightFormat {
+        self.formats.get(&vendor).copied().unwrap_or(self.geometry.format)
+    }
+
     /// Bytes of one expert on devices of `vendor`.
     #[must_use]
     pub fn expert_bytes(&self, vendor: Vendor) -> Bytes {
-        self.geometry.expert_bytes(self.formats.get(&vendor).copied().unwrap_or(self.geometry.format))
+        self.geometry.expert_bytes(self.format(vendor))
+    }
+
+    /// Whether the spec's vendors and products let it on `device`.
+    #[must_use]
+    pub fn allows(&self, device: &Device) -> bool {
+        (self.vendors.is_empty() || self.vendors.contains(&device.vendor))
+            && (self.products.is_empty() || self.products.contains(&device.product))
+    }
+
+    /// Whether `device` computes with experts as it would hold them.
+    #[must_use]
+    pub fn is_computed_on(&self, device: &Device) -> bool {
+        device.computes.is_empty() || device.computes.contains(&self.format(device.vendor))
     }
 
     /// Memory of `device` when the instance spans `devices` devices.

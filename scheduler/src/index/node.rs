@@ -340,6 +340,7 @@ fn health_of(object: &AcceleratorNode) -> Option<Health> {
         card: device.card.clone(),
         since_unix_ms: 0,
         traceparent: String::new(),
+        computes: device.computes.clone(),
     });
     Some(Health { boot_id: status.boot_id.clone(), sequence: status.sequence, state, devices: devices.collect() })
 }

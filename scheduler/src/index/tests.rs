@@ -30,6 +30,7 @@ fn report(sequence: u64, admission: Admission) -> Health {
         card: String::new(),
         since_unix_ms: 0,
         traceparent: String::new(),
+        computes: Vec::new(),
     };
     Health { boot_id: "b".to_owned(), sequence, state: DeviceState::HEALTHY, devices: vec![device] }
 }
@@ -73,6 +74,7 @@ fn object(sequence: u64, admission: Admission, spec: AcceleratorNodeSpec) -> Acc
             evidence: String::new(),
             since: None,
             worker: String::new(),
+            computes: Vec::new(),
         }],
         ..AcceleratorNodeStatus::default()
     };

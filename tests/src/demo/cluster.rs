@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_crds::{ExpertPlacement, ModelDeployment, PlacementMap};
-use berth_types::DeviceId;
+use berth_types::{DeviceId, Geometry, WeightFormat};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 
@@ -165,6 +165,7 @@ impl Cluster {
         let config = checkpoint.join("config.json").display().to_string();
         let import = tokio::process::Command::new(&self.berth)
             .args(["profile", "import", &config, "--name", PROFILE])
+            .args(vendor_formats(checkpoint))
             .output()
             .await
             .map_err(|source| Error::Start { program: "berth profile import".into(), source })?;
@@ -308,4 +309,15 @@ pub(super) fn built(name: &str) -> Result<PathBuf> {
         what: "built file (run `cargo build -p berth -p berth-double-nvml` first)",
         name: name.to_owned(),
     })
+}
+
+/// The chips of the simulated Ascend nodes have no FP4: their workers hold MXFP4 experts as bfloat16, in which each of
+/// its values is exact, so that the tokens stay the reference's. Other checkpoints are held as stored.
+fn vendor_formats(checkpoint: &Path) -> &'static [&'static str] {
+    let config = fs::read(checkpoint.join("config.json")).ok();
+    let config = config.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    match config.and_then(|config| Geometry::from_config(&config).ok()) {
+        Some(geometry) if geometry.format == WeightFormat::Mxfp4 => &["--vendor-format", "ascend=bf16"],
+        _ => &[],
+    }
 }

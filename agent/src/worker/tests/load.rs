@@ -52,6 +52,22 @@ fn an_expert_in_several_slots_and_revisions_is_in_memory_once() {
 }
 
 #[test]
+fn another_format_is_other_memory_and_its_own_bytes() {
+    let dir = checkpoint(1);
+    let (loader, backend) = loader_of(Bytes(1 << 20), dir.path());
+    let wire = shelf(dir.path(), 1, &[(1, &[0])]);
+    let stored = load(&loader, &wire).unwrap();
+    let one = backend.memory().packed;
+    let as_int8 = v1::Shelf { format: "int8_per_channel".to_owned(), revision: 2, ..wire.clone() };
+    let converted = load(&loader, &as_int8).unwrap();
+    assert!(converted.bytes() < stored.bytes());
+    assert_eq!(backend.memory().packed, one + converted.bytes().get());
+    let as_mxfp4 = v1::Shelf { format: "mxfp4_group32_ue8m0".to_owned(), ..wire };
+    let refused = load(&loader, &as_mxfp4).unwrap_err().to_string();
+    assert!(refused.contains("layer 1 expert 0") && refused.contains("no conversion"), "{refused}");
+}
+
+#[test]
 fn other_weights_at_the_same_path_are_not_shared() {
     let dir = checkpoint(1);
     let (loader, backend) = loader_of(Bytes(1 << 20), dir.path());

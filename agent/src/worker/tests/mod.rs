@@ -90,6 +90,7 @@ pub(crate) fn shelf(dir: &Path, revision: u64, layers: &[(u32, &[u32])]) -> v1::
         placement_uid: "uid".to_owned(),
         revision,
         weights: Some(v1::Weights { uri: format!("file://{}", dir.display()), digest: String::new() }),
+        format: String::new(),
         layers: layers
             .iter()
             .map(|(layer, experts)| v1::LayerSlots { layer: *layer, experts: experts.to_vec() })

@@ -29,6 +29,10 @@ pub(super) fn devices(problem: &Problem, layout: &Layout, wave: usize, before: &
         };
         let held = before.get(&entry.device).unwrap_or(&none);
         let wanted = now.get(&entry.device).unwrap_or(&none);
+        let format = problem.instance.formats.get(&device.vendor).unwrap_or(&problem.instance.geometry.format);
+        if !device.computes.is_empty() && !device.computes.contains(format) && !wanted.is_subset(held) {
+            wrong("it does not compute with the experts' format");
+        }
         match device.standing {
             Standing::Open => {}
             Standing::Gone => wrong("its replicas count as gone"),

@@ -17,6 +17,7 @@ pub(super) fn device(id: &str) -> Device {
         workspace: Bytes(0),
         committed: Bytes(0),
         speed: 1.0,
+        computes: Vec::new(),
         degraded: false,
         standing: Standing::Open,
     }

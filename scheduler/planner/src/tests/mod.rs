@@ -8,7 +8,7 @@ mod sharing;
 use std::collections::BTreeSet;
 
 use crate::{Effort, Goal, Infeasible, Layout, Problem, Sharing, Standing, Survive, check::findings, solve};
-use berth_types::{Bytes, ExpertId};
+use berth_types::{Bytes, ExpertId, WeightFormat};
 use fixtures::{device, problem, sites};
 use proptest::prelude::*;
 
@@ -48,6 +48,25 @@ fn after(problem: &Problem, layout: &Layout) -> Problem {
     next.instance.revision = next.instance.revision.next();
     next.held = vec![layout.clone()];
     next
+}
+
+#[test]
+fn a_chip_that_lacks_the_format_holds_nothing_and_what_would_do_is_said() {
+    let mut problem = problem(8, sites(2, 2));
+    for device in problem.devices.iter_mut().skip(1) {
+        device.computes = vec![WeightFormat::Int8PerRow];
+    }
+    problem.instance.survive = Survive::Device;
+    let error = solve(&problem, None).unwrap_err().to_string();
+    assert!(error.contains("3 more do not compute with bf16: set vendorFormats.nvidia"), "{error}");
+    assert!(error.ends_with("to one of int8_per_channel"), "{error}");
+    problem.devices[1].computes.clear();
+    let plan = solve(&problem, None).unwrap();
+    assert_eq!(plan.first().unwrap().devices.len(), 2);
+    // A layout that uses such a device is found by the checker, whoever made it.
+    problem.devices[1].computes = vec![WeightFormat::Mxfp4];
+    let wrong = findings(&problem, None, &plan);
+    assert!(wrong.iter().any(|finding| finding.to_string().contains("does not compute")), "{wrong:?}");
 }
 
 proptest! {
