@@ -56,6 +56,28 @@ struct Said {
     evidence: String,
     since: Duration,
     recent: VecDeque<Duration>,
+    /// It changed, and may not be said yet.
+    behind: bool,
+}
+
+/// Of whom a fact can change the state, the node aside.
+enum Reach<'a> {
+    /// Of one device.
+    One(&'a Local),
+    /// Of any.
+    All,
+}
+
+impl<'a> Reach<'a> {
+    /// Lines and readings of a device are its own; what else is said may concern its neighbours.
+    fn of(fact: &'a Fact) -> Self {
+        match (&fact.of, &fact.what) {
+            (Subject::Device(local), What::Xid(_) | What::Recovery(_) | What::Event(_) | What::Reading(_)) => {
+                Self::One(local)
+            }
+            _ => Self::All,
+        }
+    }
 }
 
 /// The state of one subject as it is said.
@@ -99,7 +121,7 @@ impl Ledger {
             Subject::Node => self.take_node(now, &fact.what, &mut outcome),
             Subject::Device(local) => self.take_device(now, local, &fact.what, &mut outcome),
         }
-        self.say(now, &mut outcome);
+        self.say(now, Reach::of(fact), &mut outcome);
         outcome
     }
 
@@ -114,17 +136,15 @@ impl Ledger {
             self.follow(now, &local, effects, &mut outcome);
         }
         self.relate(now);
-        self.say(now, &mut outcome);
+        self.say(now, Reach::All, &mut outcome);
         outcome
     }
 
     /// When [`Self::tick`] has something to do.
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
-        let silent = self.said.iter().filter_map(|(of, said)| {
-            let behind = self.state_of(of).0 != said.state;
-            behind.then(|| said.recent.front().map(|at| at.saturating_add(STORM_SPAN))).flatten()
-        });
+        let behind = self.said.values().filter(|said| said.behind);
+        let silent = behind.filter_map(|said| said.recent.front().map(|at| at.saturating_add(STORM_SPAN)));
         let deadline = self.devices.values().filter_map(Device::deadline).chain(silent).min();
         deadline.filter(|_| self.started)
     }
@@ -145,7 +165,8 @@ impl Ledger {
             })
             .collect();
         for Report { of, state, evidence, .. } in &reports {
-            let said = Said { state: *state, evidence: evidence.clone(), since: now, recent: VecDeque::new() };
+            let said =
+                Said { state: *state, evidence: evidence.clone(), since: now, recent: VecDeque::new(), behind: false };
             self.said.insert(of.clone(), said);
         }
         reports
@@ -342,31 +363,51 @@ impl Ledger {
         outcome.reports.push(Report { at: now, of: of.clone(), note: true, state, evidence });
     }
 
-    /// Says every change that may be said now. A look at each subject per fact, and no more for those that
-    /// are as they were.
-    fn say(&mut self, now: Duration, outcome: &mut Outcome) {
+    /// Says every change that may be said now. In a storm it looks at those subjects only that the fact can have
+    /// changed.
+    fn say(&mut self, now: Duration, reach: Reach<'_>, outcome: &mut Outcome) {
         if !self.started {
             return;
         }
         let mut said = std::mem::take(&mut self.said);
-        for (of, said) in &mut said {
-            let (state, evidence) = self.state_of(of);
-            if said.state == state {
-                if said.evidence != evidence {
-                    said.evidence = evidence;
+        match reach {
+            Reach::All => said.iter_mut().for_each(|(of, said)| self.say_of(now, of, said, outcome)),
+            Reach::One(local) => {
+                for of in [Subject::Node, Subject::Device(local.clone())] {
+                    if let Some(said) = said.get_mut(&of) {
+                        self.say_of(now, &of, said, outcome);
+                    }
                 }
-                continue;
             }
-            // That nothing may stay on a device is never held back.
-            let bars = state.admission == Admission::Barred && said.state.admission != Admission::Barred;
-            if !said.may(now) && !bars {
-                continue;
-            }
-            said.recent.push_back(now);
-            (said.state, said.evidence, said.since) = (state, evidence.clone(), now);
-            outcome.reports.push(Report { at: now, of: of.clone(), note: false, state, evidence });
         }
         self.said = said;
+    }
+
+    fn say_of(&self, now: Duration, of: &Subject, said: &mut Said, outcome: &mut Outcome) {
+        let (state, evidence) = self.state_of(of);
+        said.behind = false;
+        if said.state == state {
+            if said.evidence != evidence {
+                said.evidence = evidence;
+            }
+            return;
+        }
+        // That nothing may stay on a device is never held back.
+        let bars = state.admission == Admission::Barred && said.state.admission != Admission::Barred;
+        if !said.may(now) && !bars {
+            said.behind = true;
+            return;
+        }
+        said.recent.push_back(now);
+        (said.state, said.evidence, said.since) = (state, evidence.clone(), now);
+        outcome.reports.push(Report { at: now, of: of.clone(), note: false, state, evidence });
+    }
+
+    /// Subjects whose change was neither said nor put off: there are none.
+    #[cfg(test)]
+    pub(super) fn forgotten(&self) -> Vec<&Subject> {
+        let forgotten = |(of, said): &(&Subject, &Said)| !said.behind && self.state_of(of).0 != said.state;
+        self.said.iter().filter(forgotten).map(|(of, _)| of).collect()
     }
 
     fn state_of(&self, of: &Subject) -> (DeviceState, String) {

@@ -329,8 +329,22 @@ fn feed(ledger: &mut Ledger, facts: &[(u64, What)], from: u64) -> (u64, Outcome)
             other => other.clone(),
         };
         last = ledger.take(ms(at), &Fact::device(ONE, what));
+        assert!(ledger.forgotten().is_empty(), "{:?} changed and was not said", ledger.forgotten());
     }
     (at, last)
+}
+
+#[test]
+fn a_storm_of_programs_is_remembered_in_bounded_space() {
+    let mut ledger = started();
+    let mut size_after = |pids: std::ops::Range<u32>| {
+        for pid in pids {
+            ledger.take(ms(10_000 + u64::from(pid)), &Fact::device(ONE, xid(31, Some(pid))));
+        }
+        format!("{ledger:?}").len()
+    };
+    let (some, many) = (size_after(1_000..1_500), size_after(1_500..9_000));
+    assert!(many < some + some / 10, "{some} grew to {many}");
 }
 
 proptest! {

@@ -21,6 +21,9 @@ const SAME: Duration = Duration::from_secs(2);
 const SUSPICIOUS: usize = 4;
 /// GSP timeouts of one incident after which nothing may stay on the device.
 const SILENT: u32 = 3;
+/// Notes, and XIDs told by one source, that a device remembers at once: a storm on one device costs no more per line
+/// the longer it lasts.
+const REMEMBERED: usize = 64;
 
 /// What is decided a little later.
 #[derive(Clone, Debug)]
@@ -76,7 +79,7 @@ impl Device {
             Treat::Torn => self.torn(now, xid, effects),
             Treat::Contained => {
                 if !self.traced(now, |trace| trace.number == 94) {
-                    self.traces.push(Trace { number: 94, pid: xid.pid, last: now });
+                    self.remember(Trace { number: 94, pid: xid.pid, last: now });
                     self.note_soon(now, xid, Reason::MemoryUncorrectable, effects);
                 }
             }
@@ -125,6 +128,9 @@ impl Device {
             return true;
         }
         self.seen.push_back(Seen { number: xid.number, source: xid.source, at: now });
+        if self.seen.len() > REMEMBERED {
+            self.seen.pop_front();
+        }
         false
     }
 
@@ -202,7 +208,7 @@ impl Device {
         if follows || self.traced(now, same) {
             return;
         }
-        self.traces.push(Trace { number: xid.number, pid: xid.pid, last: now });
+        self.remember(Trace { number: xid.number, pid: xid.pid, last: now });
         self.note_soon(now, xid, Reason::ProcessFault, effects);
     }
 
@@ -222,7 +228,7 @@ impl Device {
             self.decide_waiting(now, effects);
         }
         if !self.explained(now) && !self.traced(now, |_| true) {
-            self.traces.push(Trace { number: xid.number, pid: xid.pid, last: now });
+            self.remember(Trace { number: xid.number, pid: xid.pid, last: now });
             self.note_soon(now, xid, Reason::ProcessFault, effects);
         }
     }
@@ -249,6 +255,16 @@ impl Device {
             }
         }
         found
+    }
+
+    /// Keeps a note for later facts to join, in the place of the one that was longest without any.
+    fn remember(&mut self, trace: Trace) {
+        if self.traces.len() >= REMEMBERED
+            && let Some((oldest, _)) = self.traces.iter().enumerate().min_by_key(|(_, trace)| trace.last)
+        {
+            self.traces.swap_remove(oldest);
+        }
+        self.traces.push(trace);
     }
 
     fn note_soon(&mut self, now: Duration, xid: &Xid, reason: Reason, effects: &mut Vec<Effect>) {
@@ -325,6 +341,9 @@ impl Device {
         let Some(pid) = xid.pid.filter(|_| matches!(xid.number, 13 | 31)) else { return };
         self.failures.retain(|(at, known)| now.saturating_sub(*at) <= DAY && *known != pid);
         self.failures.push_back((now, pid));
+        if self.failures.len() > SUSPICIOUS {
+            self.failures.pop_front();
+        }
         if self.failures.len() >= SUSPICIOUS {
             effects.push(Effect::Suspect);
         }
