@@ -25,6 +25,7 @@ build: ## the binary, as shipped
 
 bench: build ## figures beside the peers'
 	target/release/berth kernels bench --backend cpu --model v4-flash --tokens 1,4,16
+	target/release/berth bench health --json target/health.json
 	target/release/berth bench placement --manifest tests/data/placement/manifest.json \
 		--data tests/data/placement/data --json target/placement.json
 

@@ -1,6 +1,7 @@
 //! `berth bench`: doors to benchmarks of the controllers' own code. Reads files, measures time, writes
 //! what the library answers.
 
+mod health;
 mod peers;
 
 use std::{
@@ -33,6 +34,8 @@ pub(crate) struct BenchArgs {
 enum BenchCommand {
     /// Place experts for recorded loads, window by window.
     Placement(PlacementArgs),
+    /// Tell faults of 64 devices in a storm of the kernel log, by each road alone.
+    Health(health::HealthArgs),
 }
 
 #[derive(Debug, Args)]
@@ -98,6 +101,7 @@ struct Report {
 pub(crate) fn run(args: BenchArgs) -> anyhow::Result<Verdict> {
     match args.command {
         BenchCommand::Placement(args) => placement(&args),
+        BenchCommand::Health(args) => health::run(&args),
     }
 }
 

@@ -45,14 +45,6 @@ pub(super) struct Vendored {
 }
 
 impl Vendored {
-    /// The library's name in the lab's folder.
-    const fn library(&self) -> &'static str {
-        match self.vendor {
-            Vendor::Nvidia => nvml::LIBRARY,
-            Vendor::Ascend => dcmi::LIBRARY,
-        }
-    }
-
     /// Its field of the header's `libraries`.
     const fn field(&self) -> &'static str {
         match self.vendor {
@@ -68,7 +60,7 @@ pub(super) fn play(script: Arc<Script>, vendors: &[Vendored]) -> anyhow::Result<
     let clock = Clock::discrete();
     let mut doubles = BTreeMap::new();
     for vendor in vendors {
-        let library = folder.path().join(vendor.library());
+        let library = folder.path().join(super::library(vendor.vendor));
         if let Some(double) = install(&script, vendor, &library, &clock)? {
             doubles.insert(vendor.vendor, double);
         }

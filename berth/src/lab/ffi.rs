@@ -33,7 +33,7 @@ extern "C" fn delivered() {
 }
 
 /// The double that the agent opens by the same path.
-pub(super) struct Double {
+pub(crate) struct Double {
     apply: unsafe extern "C" fn(*const u8, usize) -> i64,
     stop: unsafe extern "C" fn(),
     clock: Clock,
@@ -42,7 +42,7 @@ pub(super) struct Double {
 
 impl Double {
     /// Opens the double at `path`, tells it the script's first line, and takes over its time.
-    pub(super) fn open(path: &Path, header: &str, clock: &Clock) -> anyhow::Result<Self> {
+    pub(crate) fn open(path: &Path, header: &str, clock: &Clock) -> anyhow::Result<Self> {
         // SAFETY: the double's initialisers do nothing.
         let library = unsafe { Library::new(path) }.with_context(|| format!("opening {}", path.display()))?;
         type Text = unsafe extern "C" fn(*const u8, usize) -> i64;
@@ -67,7 +67,7 @@ impl Double {
     }
 
     /// Applies one line. Time stands still until an event of it is consumed.
-    pub(super) fn apply(&self, line: &str) -> anyhow::Result<()> {
+    pub(crate) fn apply(&self, line: &str) -> anyhow::Result<()> {
         // Before the double may hand it out.
         LEAVING.lock().unwrap_or_else(PoisonError::into_inner).push_back(self.clock.in_flight());
         // SAFETY: the text is valid for its length.
@@ -80,7 +80,7 @@ impl Double {
     }
 
     /// Ends every wait for events.
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         // SAFETY: no arguments.
         unsafe { (self.stop)() };
     }

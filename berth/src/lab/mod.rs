@@ -18,9 +18,12 @@ use clap::Subcommand;
 use serde_json::json;
 
 use crate::verdict::Verdict;
+use berth_agent::vendor::{dcmi, nvml};
 use berth_types::Vendor;
 use drive::Vendored;
 use script::Script;
+
+pub(crate) use ffi::Double;
 
 /// The doubles' packages and files; a file is beside this program where cargo puts both.
 const DOUBLES: [(Vendor, &str, &str); 2] = [
@@ -49,6 +52,13 @@ struct NodeArgs {
     /// Write reports and outcomes to this file
     #[arg(long)]
     json: Option<PathBuf>,
+    #[command(flatten)]
+    doubles: Doubles,
+}
+
+/// Where the doubles are.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Doubles {
     /// The double of NVIDIA's management library; default: beside this program
     #[arg(long, env = "BERTH_DOUBLE_NVML")]
     nvml_double: Option<PathBuf>,
@@ -57,17 +67,58 @@ struct NodeArgs {
     dcmi_double: Option<PathBuf>,
 }
 
+impl Doubles {
+    fn named(&self, vendor: Vendor) -> Option<&PathBuf> {
+        match vendor {
+            Vendor::Nvidia => self.nvml_double.as_ref(),
+            Vendor::Ascend => self.dcmi_double.as_ref(),
+        }
+    }
+
+    /// The double of this vendor's library.
+    pub(crate) fn find(&self, vendor: Vendor) -> anyhow::Result<PathBuf> {
+        let known = DOUBLES.iter().find(|(of, _, _)| *of == vendor);
+        match (self.named(vendor), known) {
+            (Some(path), _) => Ok(path.clone()),
+            (None, Some((_, package, file))) => find_double(package, file),
+            (None, None) => bail!("{vendor}: no double"),
+        }
+    }
+
+    /// Names them to another process of this program.
+    pub(crate) fn hand_on(&self, command: &mut std::process::Command) {
+        for (flag, vendor) in [("--nvml-double", Vendor::Nvidia), ("--dcmi-double", Vendor::Ascend)] {
+            if let Some(path) = self.named(vendor) {
+                command.arg(flag).arg(path);
+            }
+        }
+    }
+}
+
+/// The name by which an agent opens this vendor's library.
+pub(crate) const fn library(vendor: Vendor) -> &'static str {
+    match vendor {
+        Vendor::Nvidia => nvml::LIBRARY,
+        Vendor::Ascend => dcmi::LIBRARY,
+    }
+}
+
+/// How busy the machine is: processes that ran or waited to, over one, five and fifteen minutes.
+pub(crate) fn load_average() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').take(3).collect::<Vec<_>>().join(" ")
+}
+
 /// Plays, prints, judges.
 pub(crate) fn run(args: LabArgs) -> anyhow::Result<Verdict> {
-    let Lab::Node(NodeArgs { script: path, json, nvml_double, dcmi_double }) = args.lab;
+    let Lab::Node(NodeArgs { script: path, json, doubles }) = args.lab;
     let text = fs::read_to_string(&path).with_context(|| format!("--script {}", path.display()))?;
     let script = Script::parse(&text).with_context(|| path.display().to_string())?;
     let mut vendors = Vec::new();
-    for (named, (vendor, package, file)) in [nvml_double, dcmi_double].into_iter().zip(DOUBLES) {
+    for vendor in [Vendor::Nvidia, Vendor::Ascend] {
         // A vendor that the node has nothing of needs no double.
         if script.expected(vendor).is_some() {
-            let double = named.map_or_else(|| find_double(package, file), Ok)?;
-            vendors.push(Vendored { vendor, double });
+            vendors.push(Vendored { vendor, double: doubles.find(vendor)? });
         }
     }
     let script = Arc::new(script);
