@@ -21,6 +21,7 @@ pub mod published;
 pub mod report;
 pub mod tend;
 pub mod vendor;
+pub mod vitals;
 pub mod worker;
 pub mod workers;
 
@@ -46,6 +47,7 @@ use probe::Prober;
 use published::Publisher;
 use report::{Leader, Reporter};
 use vendor::{Bells, Facts, dcmi, nvml};
+use vitals::{Board, Holder};
 use workers::{View, WorkerConfig, Workers};
 
 /// Facts on their way to the ledger.
@@ -80,6 +82,37 @@ pub struct Config {
     pub worker: WorkerConfig,
     /// How health is judged.
     pub health: Settings,
+    /// Under which names devices are told besides our own.
+    pub compatible: Compatible,
+}
+
+/// Pages for boards that were made for vendors' exporters; see docs/compatible-metrics.md.
+#[derive(Clone, Debug, Default)]
+pub struct Compatible {
+    /// `/metrics/dcgm`: NVIDIA devices as dcgm-exporter tells them.
+    pub dcgm: bool,
+    /// `/metrics/npu`: Ascend devices as npu-exporter tells them.
+    pub npu: bool,
+    /// The pod that this agent runs in, which holds the devices that it hosts; `None` = not known.
+    pub holder: Option<Holder>,
+}
+
+impl Compatible {
+    fn serve(self, admin: &Admin, board: &Board, node: &NodeName) {
+        let Self { dcgm, npu, holder } = self;
+        if dcgm {
+            let (board, node, holder) = (board.clone(), node.clone(), holder.clone());
+            admin.page("/metrics/dcgm", vitals::CONTENT_TYPE, move || {
+                vitals::dcgm::render(&board.view(), &node, holder.as_ref())
+            });
+        }
+        if npu {
+            let board = board.clone();
+            admin.page("/metrics/npu", vitals::CONTENT_TYPE, move || {
+                vitals::npu::render(&board.view(), holder.as_ref())
+            });
+        }
+    }
 }
 
 /// Why an agent could not run.
@@ -139,12 +172,12 @@ pub fn observe(
     }
     if let Some(config) = eyes.nvml {
         detectors.insert(nvml::watch::NAME);
-        let watch = nvml::watch::Watch::new(config, clock.clone(), facts.clone(), bells.clone());
+        let watch = nvml::watch::Watch::new(config, clock.clone(), facts.clone(), bells.clone(), metrics.board.clone());
         spawn("nvml", Box::pin(watch.run(stop.clone())));
     }
     if let Some(config) = eyes.dcmi {
         detectors.insert(dcmi::watch::NAME);
-        let watch = dcmi::watch::Watch::new(config, clock.clone(), facts.clone(), bells.clone());
+        let watch = dcmi::watch::Watch::new(config, clock.clone(), facts.clone(), bells.clone(), metrics.board.clone());
         spawn("dcmi", Box::pin(watch.run(stop.clone())));
     }
     let (shown, snapshots) = watch::channel(None);
@@ -178,12 +211,14 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         pci_devices,
         worker,
         health,
+        compatible,
     } = config;
     let host = Host::read().map_err(AgentError::Host)?;
     let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
     let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
     let part = Part::start(part, clock.clone(), stop).await?;
     let metrics = Metrics::register(&part.metrics);
+    compatible.serve(&part.admin, &metrics.board, &node);
     tracing::info!(%node, boot = host.boot_id, memory = host.memory_bytes, processors = host.processors, "host");
     // Read once: a label that comes later needs no restart to be harmless.
     let expected = node_status::read_node(&client, &clock, &node).await;

@@ -1,5 +1,5 @@
 //! Every metric of an agent, `berth_agent_…`. Labels are words of the health vocabulary, fixed names, and the devices
-//! of one node.
+//! of one node. What is told of the devices themselves is `accelerator_…`, in `vitals`.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,11 @@ use prometheus_client::{
     },
 };
 
-use crate::{health::fact::Local, node::Shown};
+use crate::{
+    health::{fact::Local, ledger::Standing},
+    node::Shown,
+    vitals::{Board, accelerator},
+};
 
 /// Label sets; values are words of the health vocabulary or fixed names.
 type Labels = Vec<(&'static str, String)>;
@@ -104,6 +108,8 @@ pub struct Metrics {
     /// Writes to the API server, by outcome.
     pub status_writes: Family<Labels, Counter>,
     workers: Workers,
+    /// Vital signs of the devices.
+    pub board: Board,
 }
 
 impl Metrics {
@@ -135,6 +141,7 @@ impl Metrics {
             STATUS_WRITES.add(to, ours.status_writes.clone());
             to.register_collector(Box::new(ours.workers.clone()));
         });
+        accelerator::register(metrics, &ours.board);
         ours
     }
 
@@ -143,8 +150,9 @@ impl Metrics {
         self.action.observe(&[("vendor", vendor.as_str())], took);
     }
 
-    /// Shows the devices of this node as they are now said to be.
-    pub fn show(&self, devices: &BTreeMap<Local, Shown>) {
+    /// Shows this node and its devices as they are now said to be.
+    pub fn show(&self, devices: &BTreeMap<Local, Shown>, node: &Standing) {
+        self.board.show(devices, node);
         let mut states: BTreeMap<Labels, f64> = BTreeMap::new();
         let mut healthy = Vec::with_capacity(devices.len());
         for (local, shown) in devices {
@@ -164,11 +172,13 @@ impl Metrics {
         let bytes = report.shelves.iter().map(|shelf| shelf.bytes).sum();
         let totals = Totals { calls: report.calls, refused: report.refused, bytes };
         self.workers.lock().insert(local.to_owned(), totals);
+        self.board.host(local, true);
     }
 
     /// The device has no worker any more.
     pub fn worker_gone(&self, local: &str) {
         self.workers.lock().remove(local);
+        self.board.host(local, false);
     }
 }
 

@@ -127,6 +127,7 @@ impl Keeper {
         match seen {
             Seen::Fact(fact) => {
                 self.metrics.facts.get_or_create(&vec![("kind", kind(&fact.what).to_owned())]).inc();
+                self.metrics.board.take(&fact);
                 ledger.take(self.clock.now(), &fact)
             }
             Seen::Settled(detector) => {
@@ -254,13 +255,9 @@ impl Board {
             (local.clone(), Shown { info, standing, trace })
         });
         let devices = devices.collect();
-        metrics.show(&devices);
-        let snapshot = Snapshot {
-            sequence: self.sequence,
-            devices,
-            node: ledger.standing(&Subject::Node),
-            notes: self.notes.clone(),
-        };
+        let node = ledger.standing(&Subject::Node);
+        metrics.show(&devices, &node);
+        let snapshot = Snapshot { sequence: self.sequence, devices, node, notes: self.notes.clone() };
         self.shown.send_replace(Some(Arc::new(snapshot)));
     }
 }

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use anyhow::Context;
-use berth_agent::{Config, health::device::Settings, workers::WorkerConfig};
+use berth_agent::{Compatible, Config, health::device::Settings, vitals::Holder, workers::WorkerConfig};
 use berth_kernels::BackendKind;
 use berth_runtime::{Clock, shutdown, telemetry::export_traces};
 use berth_types::{Bytes, NodeName};
@@ -24,6 +24,15 @@ enum Backend {
     Cuda,
     /// CANN.
     Ascend,
+}
+
+/// An exporter of a vendor whose names boards may be made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Exporter {
+    /// NVIDIA's dcgm-exporter.
+    Dcgm,
+    /// Ascend's npu-exporter.
+    Npu,
 }
 
 /// Watches a node's devices, runs one worker per device, reports and obeys.
@@ -71,6 +80,15 @@ pub(crate) struct AgentArgs {
     /// How long a device that came back is watched before it is used again, in seconds; it doubles for repeaters
     #[arg(long, env = "BERTH_PROBATION_SECONDS", default_value_t = 600)]
     probation_seconds: u64,
+    /// Also serve the devices under the names of a vendor's exporter: dcgm at /metrics/dcgm, npu at /metrics/npu
+    #[arg(long, env = "BERTH_COMPATIBLE_METRICS", value_enum, value_delimiter = ',')]
+    compatible_metrics: Vec<Exporter>,
+    /// Name of the pod, which holds the devices that it hosts
+    #[arg(long, env = "BERTH_POD_NAME")]
+    pod_name: Option<String>,
+    /// Namespace of the pod
+    #[arg(long, env = "BERTH_POD_NAMESPACE")]
+    pod_namespace: Option<String>,
     /// What to log: error, warn, info, debug or a filter per module
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
@@ -95,6 +113,9 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         worker_memory,
         worker_threads,
         probation_seconds,
+        compatible_metrics,
+        pod_name,
+        pod_namespace,
         log,
         trace,
     } = args;
@@ -120,6 +141,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         lingqu_library,
         pci_devices,
         worker,
+        compatible: compatible(&compatible_metrics, pod_namespace, pod_name),
         health: Settings { probation: Duration::from_secs(probation_seconds) },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -133,6 +155,15 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         anyhow::Ok(())
     })?;
     Ok(Verdict::Pass)
+}
+
+/// The container of the chart's agents that the workers run in.
+const CONTAINER: &str = "agent";
+
+fn compatible(wanted: &[Exporter], namespace: Option<String>, pod: Option<String>) -> Compatible {
+    let holder = namespace.zip(pod).map(|(namespace, pod)| Holder { namespace, pod, container: CONTAINER.to_owned() });
+    let has = |exporter| wanted.contains(&exporter);
+    Compatible { dcgm: has(Exporter::Dcgm), npu: has(Exporter::Npu), holder }
 }
 
 fn backend(wanted: Backend) -> BackendKind {

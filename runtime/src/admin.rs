@@ -1,10 +1,12 @@
-//! What a kubelet and a scraper ask: /livez, /startupz, /readyz and /metrics on one address.
+//! What a kubelet and a scraper ask: /livez, /startupz, /readyz and /metrics on one address, and further pages of
+//! text that a part adds.
 //!
 //! Live means that each registered loop moved in time; ready, that every named check holds and the
 //! process is not stopping. Who leads is irrelevant to both. Nothing here changes anything.
 
 use std::{
-    fmt::Write as _,
+    collections::BTreeMap,
+    fmt::{self, Write as _},
     io,
     net::SocketAddr,
     sync::{
@@ -17,7 +19,7 @@ use std::{
 use axum::{
     Router,
     extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{StatusCode, Uri, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -38,8 +40,19 @@ struct Inner {
     metrics: Metrics,
     heartbeats: Mutex<Vec<Heartbeat>>,
     checks: Mutex<Vec<Check>>,
+    pages: Mutex<BTreeMap<&'static str, Page>>,
     started: AtomicBool,
     stopping: AtomicBool,
+}
+
+/// A page that a part adds: its content type, and what writes it.
+#[derive(Clone)]
+struct Page(&'static str, Arc<dyn Fn() -> String + Send + Sync>);
+
+impl fmt::Debug for Page {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Page").field(&self.0).finish()
+    }
 }
 
 /// A loop's sign of life; see [`Admin::heartbeat`].
@@ -116,6 +129,7 @@ impl Admin {
             metrics,
             heartbeats: Mutex::default(),
             checks: Mutex::default(),
+            pages: Mutex::default(),
             started: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         }))
@@ -139,6 +153,17 @@ impl Admin {
         check
     }
 
+    /// Serves what `text` writes at `path` from now on, as `content_type`. `text` is called for every request and
+    /// must not block.
+    pub fn page(
+        &self,
+        path: &'static str,
+        content_type: &'static str,
+        text: impl Fn() -> String + Send + Sync + 'static,
+    ) {
+        lock(&self.0.pages).insert(path, Page(content_type, Arc::new(text)));
+    }
+
     /// From now on the process is not ready, whatever its checks say.
     pub fn stop(&self) {
         self.0.stopping.store(true, Ordering::Relaxed);
@@ -158,6 +183,7 @@ impl Admin {
             .route("/readyz", get(async |State(admin): State<Self>| admin.readyz()))
             .route("/startupz", get(async |State(admin): State<Self>| admin.startupz()))
             .route("/metrics", get(async |State(admin): State<Self>| admin.metrics()))
+            .fallback(get(async |State(admin): State<Self>, uri: Uri| admin.further(uri.path())))
             .with_state(self)
     }
 
@@ -179,6 +205,14 @@ impl Admin {
             self.0.started.store(true, Ordering::Relaxed);
         }
         if self.0.started.load(Ordering::Relaxed) { (StatusCode::OK, "started\n".to_owned()) } else { (status, text) }
+    }
+
+    fn further(&self, path: &str) -> Response {
+        let page = lock(&self.0.pages).get(path).cloned();
+        match page {
+            Some(Page(content_type, text)) => ([(CONTENT_TYPE, content_type)], text()).into_response(),
+            None => StatusCode::NOT_FOUND.into_response(),
+        }
     }
 
     fn metrics(&self) -> Response {
@@ -304,13 +338,17 @@ mod tests {
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let server = tokio::spawn(admin.serve(listener, stop.clone()));
+        let server = tokio::spawn(admin.clone().serve(listener, stop.clone()));
         for path in ["/livez", "/readyz", "/startupz"] {
             assert!(get(address, path).await.starts_with("HTTP/1.1 200"), "{path}");
         }
         let metrics = get(address, "/metrics").await;
         assert!(metrics.contains(OPENMETRICS) && metrics.contains("berth_test_build_info"), "{metrics}");
         assert!(get(address, "/debug").await.starts_with("HTTP/1.1 404"));
+        admin.page("/debug", "text/plain", || "a page\n".to_owned());
+        let page = get(address, "/debug?now").await;
+        assert!(page.starts_with("HTTP/1.1 200") && page.contains("content-type: text/plain"), "{page}");
+        assert!(page.ends_with("a page\n"), "{page}");
         let taken = bind(address).await.unwrap_err().to_string();
         assert!(taken.contains(&address.to_string()), "{taken}");
         stop.cancel();

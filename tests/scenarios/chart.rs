@@ -56,6 +56,8 @@ fn values_that_nobody_reads_are_refused_by_name() {
         ("metrics.podMonitor.every=1s", "at '/metrics/podMonitor': additional properties 'every' not allowed"),
         ("image.pullPolicy=Sometimes", "at '/image/pullPolicy': value must be one of"),
         ("image.digest=abc", "at '/image/digest': 'abc' does not match pattern"),
+        ("agent.compat.dcg=true", "at '/agent/compat': additional properties 'dcg' not allowed"),
+        ("alerts.runbook=x", "at '/alerts': additional properties 'runbook' not allowed"),
         ("agent.weightsRoots={srv}", "at '/agent/weightsRoots/0': 'srv' does not match pattern"),
         ("scheduler.store.type=redis", "at '/scheduler/store/type': value must be one of 'api', 'etcd'"),
         ("scheduler.store.type=etcd", "at '/scheduler/store/etcd/endpoints': minItems: got 0, want 1"),
@@ -132,6 +134,33 @@ fn monitors_appear_where_the_cluster_knows_them() {
     assert!(!plain.contains("monitoring.coreos.com"));
     let knows = ["--api-versions", "monitoring.coreos.com/v1", "--show-only", "templates/monitors.yaml"];
     golden("monitors", &knows);
+}
+
+#[test]
+fn pages_for_other_exporters_are_served_and_scraped_only_where_they_are_asked_for() {
+    let render = |values: &[&str]| {
+        let shown = ["--show-only", "templates/monitors.yaml", "--show-only", "templates/agent/daemonset.yaml"];
+        let knows = ["--api-versions", "monitoring.coreos.com/v1"];
+        let values: Vec<&str> = values.iter().flat_map(|value| ["--set", value]).collect();
+        template(&[&shown[..], &knows, &values].concat()).expect("rendered")
+    };
+    assert!(!render(&[]).contains("BERTH_COMPATIBLE_METRICS") && !render(&[]).contains("/metrics/"));
+    let both = render(&["agent.compat.dcgm=true", "agent.compat.npu=true"]);
+    assert!(both.contains("value: \"dcgm,npu\""), "{both}");
+    let npu = render(&["agent.compat.npu=true"]);
+    assert!(npu.contains("value: \"npu\"") && npu.contains("path: /metrics/npu") && !npu.contains("/dcgm"), "{npu}");
+    let agents = documents(&both).into_iter().find(|object| {
+        object["kind"] == "PodMonitor"
+            && object["metadata"]["labels"]["berth.dev/component"] != "runner"
+            && object["spec"]["podMetricsEndpoints"].as_array().is_some_and(|endpoints| endpoints.len() == 3)
+    });
+    let paths: Vec<_> = agents.expect("a monitor of agents")["spec"]["podMetricsEndpoints"]
+        .as_array()
+        .expect("endpoints")
+        .iter()
+        .map(|endpoint| endpoint["path"].clone())
+        .collect();
+    assert_eq!(paths, ["/metrics", "/metrics/dcgm", "/metrics/npu"]);
 }
 
 #[test]

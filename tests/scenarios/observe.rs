@@ -2,7 +2,8 @@
 //! the documentation lists it, log lines of one decision joined over three parts, and its trace in a collector.
 
 mod board;
-mod metrics;
+mod compatible;
+pub(crate) mod metrics;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -66,7 +67,8 @@ impl Watched {
         let cluster = Cluster::start(&options).await.expect("a cluster");
         let prometheus = Prometheus::start(cluster.dir()).await.expect("a Prometheus");
         let tracing = format!("tracing.otlpEndpoint={}", collector.endpoint());
-        cluster.install_with(&[tracing]).await.expect("the chart installed");
+        let pages = "agent.compat.dcgm=true,agent.compat.npu=true".to_owned();
+        cluster.install_with(&[tracing, pages]).await.expect("the chart installed");
         let watched = Self { prometheus, collector, cluster, checkpoint };
         watched.scrape().await;
         objects::nodes_are_healthy(watched.cluster.client(), FLEET.len(), PATIENCE).await.expect("healthy nodes");
@@ -117,7 +119,10 @@ impl Watched {
             let labels = labels.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
             Target { address: address.parse::<SocketAddr>().expect("an address"), labels }
         };
-        let targets: Vec<_> = self.pods().await.into_iter().map(target).collect();
+        let mut targets: Vec<_> = self.pods().await.into_iter().map(target).collect();
+        let agents = targets.iter().filter(|target| target.labels["job"] == "agent");
+        let pages = agents.flat_map(|agent| ["dcgm", "npu"].map(|page| compatible::target(agent, page)));
+        targets.extend(pages.collect::<Vec<_>>());
         self.prometheus.scrape(&targets).expect("told");
     }
 
@@ -173,6 +178,7 @@ async fn a_running_cluster_answers_every_query_of_the_board_and_tells_each_decis
     objects::measured_balance(watched.cluster.client(), PATIENCE).await.expect("a load window");
     let device = watched.lose_a_device().await;
     board::every_query_is_answered(&watched).await;
+    compatible::boards_for_vendors_exporters_go_on_showing(&watched).await;
     metrics::every_metric_is_as_documented(&watched).await;
     let trace = one_trace_tells_the_repair(&watched, &device).await;
     logs_of_three_parts_name_the_same_trace(&watched, &device, &trace);

@@ -66,7 +66,7 @@ impl Prometheus {
         // JSON is YAML too.
         let text = json!({
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-            "scrape_configs": [{"job_name": "berth", "file_sd_configs": [
+            "scrape_configs": [{"job_name": "berth", "honor_labels": true, "file_sd_configs": [
                 {"files": [targets.display().to_string()], "refresh_interval": "1s"}]}],
         });
         write(&config, &text)?;
@@ -174,13 +174,25 @@ fn write(path: &Path, value: &Value) -> Result<()> {
     fs::rename(&part, path).map_err(Error::file("rename", &part))
 }
 
-/// The program: of the PATH, of the cache, or downloaded into the cache.
+/// The tool that checks and tests rules, which comes with Prometheus. Blocks for the download.
+///
+/// # Errors
+/// When the package cannot be had; the error says what to do.
+pub fn promtool() -> Result<PathBuf> {
+    program("promtool")
+}
+
 fn locate() -> Result<PathBuf> {
-    if works(Path::new("prometheus")) {
-        return Ok("prometheus".into());
+    program("prometheus")
+}
+
+/// A program of the package: of the PATH, of the cache, or downloaded into the cache.
+fn program(name: &str) -> Result<PathBuf> {
+    if works(Path::new(name)) {
+        return Ok(name.into());
     }
     let cache = cache_root().join("prometheus");
-    let program = cache.join("package/usr/bin/prometheus");
+    let program = cache.join("package/usr/bin").join(name);
     fs::create_dir_all(&cache).map_err(Error::file("create", &cache))?;
     let lock_path = cache.join("lock");
     let lock = File::create(&lock_path).map_err(Error::file("create", &lock_path))?;
@@ -191,7 +203,7 @@ fn locate() -> Result<PathBuf> {
     if works(&program) {
         return Ok(program);
     }
-    Err(Error::Unknown { what: "prometheus that runs here", name: format!("{}: {REMEDY}", program.display()) })
+    Err(Error::Unknown { what: "Prometheus that runs here", name: format!("{}: {REMEDY}", program.display()) })
 }
 
 fn works(program: &Path) -> bool {

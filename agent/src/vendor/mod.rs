@@ -5,6 +5,7 @@
 
 pub mod dcmi;
 pub mod lane;
+pub mod measure;
 pub mod nvml;
 pub mod poll;
 pub mod slate;

@@ -11,7 +11,10 @@ use super::{
     lane::{Lane, LaneError},
     slate::Slate,
 };
-use crate::health::fact::{Fact, What};
+use crate::{
+    health::fact::{Fact, What},
+    vitals::{Board, Sight},
+};
 
 /// One read has so long.
 pub const READ_LIMIT: Duration = Duration::from_secs(1);
@@ -38,6 +41,8 @@ pub trait Readable: Send + Sync + 'static {
     fn give_up(&self, slate: &Slate<Self::Values>) -> (Self::Values, Option<&'static str>);
     /// Nothing could be asked: the first deciding value stands for all.
     fn unread(&self, values: Self::Values) -> Self::Values;
+    /// What values tell besides the health that they are judged by.
+    fn seen(&self, values: &Self::Values) -> Sight;
     /// The fact that values are.
     fn fact(&self, values: Self::Values) -> What;
 }
@@ -53,6 +58,8 @@ pub struct Poller<D> {
     pub device: Arc<D>,
     /// Rung for a reading at once.
     pub bell: Arc<Notify>,
+    /// Where what is seen besides health is kept.
+    pub board: Board,
 }
 
 impl<D: Readable> Poller<D> {
@@ -67,6 +74,7 @@ impl<D: Readable> Poller<D> {
             let skip = left_out.iter().map(|(name, _)| *name).collect();
             let (values, hung) = self.read(&mut lane, skip).await;
             left_out.extend(hung.map(|name| (name, self.clock.now().saturating_add(LEAVE_OUT))));
+            self.board.see(self.device.local(), self.device.seen(&values));
             let fact = Fact::device(self.device.local(), self.device.fact(values));
             self.facts.send(Seen::Fact(fact), None).await;
             drop(first.take());

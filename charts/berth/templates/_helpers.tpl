@@ -96,6 +96,17 @@ labels:
 {{- end }}
 {{- end }}
 
+{{/* Exporters of vendors whose names agents use besides. Call with the agent's values. */}}
+{{- define "berth.exporters" -}}
+{{- $wanted := list }}
+{{- range $exporter := list "dcgm" "npu" }}
+{{- if get $.compat $exporter }}
+{{- $wanted = append $wanted $exporter }}
+{{- end }}
+{{- end }}
+{{- join "," $wanted }}
+{{- end }}
+
 {{/* How a monitor scrapes. Call with the monitor's values. */}}
 {{- define "berth.scrape" -}}
 interval: {{ .interval }}

@@ -57,12 +57,18 @@ impl Described {
     /// The name that a scraper sees; a histogram's without the endings of its series.
     #[must_use]
     pub fn series(&self, part: &str) -> String {
+        self.named(&format!("berth_{part}"))
+    }
+
+    /// As [`Self::series`], of a metric that is registered beside the part's own under another prefix.
+    #[must_use]
+    pub fn named(&self, prefix: &str) -> String {
         let ending = match self.kind {
             Kind::Counter => "_total",
             Kind::Info => "_info",
             Kind::Gauge | Kind::Histogram => "",
         };
-        format!("berth_{part}_{}{ending}", self.name)
+        format!("{prefix}_{}{ending}", self.name)
     }
 
     /// The word for its kind.

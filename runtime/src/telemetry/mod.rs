@@ -7,10 +7,10 @@ mod logs;
 mod seconds;
 pub mod trace;
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use prometheus_client::{
-    encoding::text::encode,
+    encoding::text::{encode_eof, encode_registry},
     metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
     registry::Registry,
 };
@@ -59,9 +59,16 @@ const CONFIG: Described =
 const LEASE_LEADING: Described = Described::gauge("lease_leading", &["lease"], "1 while this process holds the lease");
 const LEASE_TERMS: Described = Described::counter("lease_terms", &["lease"], "Terms that this process began");
 
-/// The metrics of one process; every name starts with `berth_<part>_`. Clones share one registry.
+/// The metrics of one process; every name starts with `berth_<part>_`, but for what is registered beside. Clones
+/// share them.
 #[derive(Clone, Debug)]
-pub struct Metrics(Arc<Mutex<Registry>>);
+pub struct Metrics(Arc<Mutex<Registries>>);
+
+#[derive(Debug)]
+struct Registries {
+    own: Registry,
+    beside: Vec<Registry>,
+}
 
 impl Metrics {
     /// An empty registry for `part`, with `berth_<part>_build_info`.
@@ -72,22 +79,38 @@ impl Metrics {
         if let Some(process) = PROCESS.get().filter(|process| !process.config.is_empty()) {
             CONFIG.add(&mut registry, Info::new(vec![("hash", process.config.clone())]));
         }
-        Self(Arc::new(Mutex::new(registry)))
+        Self(Arc::new(Mutex::new(Registries { own: registry, beside: Vec::new() })))
     }
 
     /// Lets `register` add metrics. Names and help are constants of the part's `metrics.rs`; a counter's
     /// name is given without `_total`.
     pub fn register<T>(&self, register: impl FnOnce(&mut Registry) -> T) -> T {
-        // Registration and encoding leave the registry whole even when a value's encoder panics.
-        register(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        register(&mut self.lock().own)
+    }
+
+    /// Lets `register` add metrics whose names start with `<prefix>_`, for words that are not this part's alone.
+    pub fn register_beside<T>(&self, prefix: &str, register: impl FnOnce(&mut Registry) -> T) -> T {
+        let mut registry = Registry::with_prefix(prefix);
+        let registered = register(&mut registry);
+        self.lock().beside.push(registry);
+        registered
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registries> {
+        // Registration and encoding leave the registries whole even when a value's encoder panics.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All metrics in the OpenMetrics text format.
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.register(|registry| encode(&mut text, registry));
+        let registries = self.lock();
+        for registry in std::iter::once(&registries.own).chain(&registries.beside) {
+            // Writing to a String cannot fail.
+            let _ = encode_registry(&mut text, registry);
+        }
+        let _ = encode_eof(&mut text);
         text
     }
 }

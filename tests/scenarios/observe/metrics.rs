@@ -8,6 +8,7 @@ use std::{
     path::Path,
 };
 
+use berth_agent::vitals::accelerator;
 use berth_runtime::telemetry::{self, Described, Kind};
 use berth_tests::prometheus;
 
@@ -28,7 +29,8 @@ const PARTS: [(&str, &str, &[Described]); 5] = [
 ];
 
 /// Metrics that a quiet cluster with one loss does not show, because nothing of the kind happened.
-const RARE: [&str; 5] = [
+const RARE: [&str; 6] = [
+    "accelerator_node_condition",
     "berth_scheduler_plans_refused_total",
     "berth_scheduler_orders_delayed_total",
     "berth_agent_health_notes_total",
@@ -40,15 +42,36 @@ fn of_part(own: &'static [Described]) -> impl Iterator<Item = &'static Described
     telemetry::METRICS.iter().chain(own)
 }
 
-/// Every name that a query may use.
-pub(super) fn series() -> BTreeSet<String> {
-    let all = PARTS.iter().flat_map(|(part, _, own)| of_part(own).map(move |one| (one.series(part), one.kind)));
-    all.flat_map(|(name, kind)| match kind {
-        Kind::Histogram => ["_bucket", "_sum", "_count"].map(|end| format!("{name}{end}")).to_vec(),
-        Kind::Counter | Kind::Gauge | Kind::Info => vec![name],
-    })
-    .collect()
+/// What a part serves, by the name that a scraper sees.
+fn listed(part: &str, own: &'static [Described]) -> BTreeMap<String, &'static Described> {
+    let own = of_part(own).map(|one| (one.series(part), one));
+    // Devices are told in words of their own.
+    let devices = accelerator::described().filter(|_| part == "agent");
+    own.chain(devices.map(|one| (one.named(accelerator::PREFIX), one))).collect()
 }
+
+/// Every name that a query may use.
+pub(crate) fn series() -> BTreeSet<String> {
+    let all = PARTS.iter().flat_map(|(part, _, own)| listed(part, own));
+    all.map(|(name, one)| (name, one.kind))
+        .flat_map(|(name, kind)| match kind {
+            Kind::Histogram => ["_bucket", "_sum", "_count"].map(|end| format!("{name}{end}")).to_vec(),
+            Kind::Counter | Kind::Gauge | Kind::Info => vec![name],
+        })
+        .collect()
+}
+
+/// Every label that a query may use.
+pub(crate) fn labels() -> BTreeSet<String> {
+    let all = PARTS.iter().flat_map(|(part, _, own)| listed(part, own));
+    all.flat_map(|(_, one)| one.labels.iter().map(|label| (*label).to_owned())).collect()
+}
+
+const ACCELERATORS: &str = "\
+Served by agents, for the devices of their node. What a vendor does not tell has no series. Memory, power, clocks, use \
+and errors are read every 15 s while somebody scrapes and gone 2 minutes after the last scrape; health, admission, \
+conditions and the temperature of NVIDIA's chips are always there. Under vendors' own names: \
+[compatible-metrics.md](compatible-metrics.md).";
 
 const HEAD: &str = "\
 # Metrics
@@ -60,6 +83,7 @@ ServiceMonitor for the operator and the scheduler and a PodMonitor for agents an
 Rules: names are `berth_<part>_<what>`, in base units (`_seconds`, `_bytes`, `_ratio`), counters end with `_total`. No label
 names a pod, a request or an expert; queues, deployments, placements and device products are labels, one series each, and
 `device` is a label only where one node speaks of its own. A series of something that is gone is gone from the next scrape.
+Devices are told once more as `accelerator_<what>`, in the same words for both vendors and by whoever serves them.
 
 This page is written from the constants in each part's `metrics.rs` by `make golden`; a test compares it with them and
 with what a running cluster serves.
@@ -72,18 +96,21 @@ fn page() -> String {
         let _ = writeln!(page, "\n## {title}\n\n{about}\n\n| metric | kind | labels | what |\n|---|---|---|---|");
         for one in metrics {
             let labels = one.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(" ");
-            let _ = writeln!(page, "| `{}` | {} | {labels} | {} |", one.series(prefix), one.kind(), one.help);
+            let _ = writeln!(page, "| `{}` | {} | {labels} | {} |", one.named(prefix), one.kind(), one.help);
         }
     };
     section(
         "Every part",
         "`<part>` is operator, scheduler, agent, worker or runner.",
-        "<part>",
+        "berth_<part>",
         &mut telemetry::METRICS.iter(),
     );
     for (part, about, own) in PARTS {
         let title = format!("{}{}", part[..1].to_uppercase(), &part[1..]);
-        section(&title, about, part, &mut own.iter());
+        section(&title, about, &format!("berth_{part}"), &mut own.iter());
+        if part == "agent" {
+            section("Accelerators", ACCELERATORS, accelerator::PREFIX, &mut accelerator::described());
+        }
     }
     page
 }
@@ -103,8 +130,7 @@ fn names_and_labels_keep_the_rules() {
     for (part, _, own) in PARTS {
         let names: BTreeSet<_> = of_part(own).map(|one| one.name).collect();
         assert_eq!(names.len(), of_part(own).count(), "{part} has a name twice");
-        for one in of_part(own) {
-            let name = one.series(part);
+        for (name, one) in listed(part, own) {
             assert!(name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'), "{name}");
             assert!(!one.name.ends_with("_total") && !one.help.ends_with('.') && !one.help.is_empty(), "{name}");
             assert!(
@@ -156,7 +182,7 @@ pub(super) async fn every_metric_is_as_documented(watched: &Watched) {
     }
     for (part, _, own) in PARTS.iter().filter(|(part, ..)| *part != "worker") {
         let served = seen.remove(*part).unwrap_or_else(|| panic!("no {part}"));
-        let listed: BTreeMap<String, &Described> = of_part(own).map(|one| (one.series(part), one)).collect();
+        let listed = listed(part, own);
         for (name, (kind, labels)) in &served {
             let one = listed.get(name).unwrap_or_else(|| panic!("{name} is served and not listed"));
             let expected: BTreeSet<String> = one.labels.iter().map(|label| (*label).to_owned()).collect();

@@ -13,7 +13,10 @@ use std::{
 use libloading::Library;
 
 use super::{
-    layout::{ChipInfo, DieId, DmsEvent, EccInfo, Elabel, Event, Filter, HbmInfo, LqEvent, LqFilter, PcieInfo, Spod},
+    layout::{
+        ChipInfo, DieId, DmsEvent, EccInfo, Elabel, Event, Filter, HbmInfo, LqEvent, LqFilter, PcieInfo, Spod,
+        Utilizations,
+    },
     queue,
 };
 
@@ -22,6 +25,7 @@ pub(super) type Code = c_int;
 
 pub(super) const OK: Code = 0;
 pub(super) const TIME_OUT: Code = -8006;
+pub(super) const NOT_EXIST: Code = -8008;
 pub(super) const NOT_SUPPORT: Code = -8255;
 /// Room of every list: with less than there is, a call answers -8001 and copies nothing.
 pub(super) const ROOM: usize = 128;
@@ -126,6 +130,20 @@ library! {
         network_2 = b"dcmiv2_get_device_network_health\0": fn(c_int, *mut c_uint);
         ecc = b"dcmi_get_device_ecc_info\0": fn(c_int, c_int, c_uint, *mut EccInfo);
         ecc_2 = b"dcmiv2_get_device_ecc_info\0": fn(c_int, c_uint, *mut EccInfo);
+        physical = b"dcmi_get_device_phyid_from_logicid\0": fn(c_uint, *mut c_uint);
+        physical_2 = b"dcmiv2_get_chip_phy_id_by_dev_id\0": fn(c_int, *mut c_uint);
+        temperature = b"dcmi_get_device_temperature\0": fn(c_int, c_int, *mut c_int);
+        temperature_2 = b"dcmiv2_get_device_temperature\0": fn(c_int, *mut c_int);
+        power = b"dcmi_get_device_power_info\0": fn(c_int, c_int, *mut c_int);
+        power_2 = b"dcmiv2_get_device_power_info\0": fn(c_int, *mut c_int);
+        voltage = b"dcmi_get_device_voltage\0": fn(c_int, c_int, *mut c_uint);
+        voltage_2 = b"dcmiv2_get_device_voltage\0": fn(c_int, *mut c_uint);
+        frequency = b"dcmi_get_device_frequency\0": fn(c_int, c_int, c_uint, *mut c_uint);
+        frequency_2 = b"dcmiv2_get_device_frequency\0": fn(c_int, c_uint, *mut c_uint);
+        rate = b"dcmi_get_device_utilization_rate\0": fn(c_int, c_int, c_int, *mut c_uint);
+        rate_2 = b"dcmiv2_get_device_utilization_rate\0": fn(c_int, c_int, *mut c_uint);
+        rates = b"dcmi_get_device_multi_utilization_rate\0": fn(c_int, c_int, *mut Utilizations);
+        rates_2 = b"dcmiv2_get_device_multi_utilization_rate\0": fn(c_int, *mut Utilizations);
         subscribe = b"dcmi_subscribe_fault_event\0": fn(c_int, c_int, Filter, Handler);
         subscribe_2 = b"dcmiv2_subscribe_fault_event\0": fn(c_int, Filter, Handler);
         event = b"dcmi_get_fault_event\0": fn(c_int, c_int, c_int, Filter, *mut Event);
@@ -323,11 +341,80 @@ impl Api {
         ok(code, text(&label.serial))
     }
 
+    /// Name, type and version of the chip as the vendor's exporter joins them.
+    pub(super) fn model(&self, at: At) -> Result<String, Code> {
+        let mut info = zeroed!(ChipInfo);
+        let code = ask!(at, self.chip, self.chip_2, &raw mut info);
+        ok(code, format!("{}-{}-{}", text(&info.name), text(&info.kind), text(&info.version)))
+    }
+
+    /// Number of the chip on its board.
+    pub(super) fn physical(&self, at: At, logic: c_int) -> Result<c_int, Code> {
+        let mut physical = 0;
+        let code = match at {
+            At::First { .. } => {
+                let function = self.physical.ok_or(NOT_SUPPORT)?;
+                let logic = c_uint::try_from(logic).map_err(|_| NOT_SUPPORT)?;
+                // SAFETY: `physical` is ours for the call.
+                unsafe { function(logic, &raw mut physical) }
+            }
+            At::Second { device } => {
+                let function = self.physical_2.ok_or(NOT_SUPPORT)?;
+                // SAFETY: as above.
+                unsafe { function(device, &raw mut physical) }
+            }
+        };
+        ok(code, ())?;
+        c_int::try_from(physical).map_err(|_| NOT_SUPPORT)
+    }
+
     /// Megabytes of memory on the device.
     pub(super) fn hbm(&self, at: At) -> Result<u64, Code> {
+        self.hbm_use(at).map(|info| info.size)
+    }
+
+    /// The device's memory: megabytes, use, temperature.
+    pub(super) fn hbm_use(&self, at: At) -> Result<HbmInfo, Code> {
         let mut info = zeroed!(HbmInfo);
         let code = ask!(at, self.hbm, self.hbm_2, &raw mut info);
-        ok(code, info.size)
+        ok(code, info)
+    }
+
+    /// Degrees C.
+    pub(super) fn temperature(&self, at: At) -> Result<c_int, Code> {
+        let mut value = 0;
+        ok(ask!(at, self.temperature, self.temperature_2, &raw mut value), value)
+    }
+
+    /// Tenths of a watt.
+    pub(super) fn power(&self, at: At) -> Result<c_int, Code> {
+        let mut value = 0;
+        ok(ask!(at, self.power, self.power_2, &raw mut value), value)
+    }
+
+    /// Hundredths of a volt.
+    pub(super) fn voltage(&self, at: At) -> Result<u32, Code> {
+        let mut value = 0;
+        ok(ask!(at, self.voltage, self.voltage_2, &raw mut value), value)
+    }
+
+    /// MHz of what `kind` names.
+    pub(super) fn frequency(&self, at: At, kind: c_uint) -> Result<u32, Code> {
+        let mut value = 0;
+        ok(ask!(at, self.frequency, self.frequency_2, kind, &raw mut value), value)
+    }
+
+    /// Percent of what `kind` names.
+    pub(super) fn utilization(&self, at: At, kind: c_int) -> Result<u32, Code> {
+        let mut value = 0;
+        ok(ask!(at, self.rate, self.rate_2, kind, &raw mut value), value)
+    }
+
+    /// Percent of every unit at once; newer drivers only.
+    pub(super) fn utilizations(&self, at: At) -> Result<Utilizations, Code> {
+        let mut values = zeroed!(Utilizations);
+        let code = ask!(at, self.rates, self.rates_2, &raw mut values);
+        ok(code, values)
     }
 
     /// Number of its super-pod.
@@ -370,9 +457,14 @@ impl Api {
 
     /// Pages that the next reset isolates. A driver with the shorter layout leaves both at zero.
     pub(super) fn next_isolated(&self, at: At) -> Result<u32, Code> {
+        self.errors(at).map(|info| info.single_next.saturating_add(info.double_next))
+    }
+
+    /// Errors of the device's memory.
+    pub(super) fn errors(&self, at: At) -> Result<EccInfo, Code> {
         let mut info = zeroed!(EccInfo);
         let code = ask!(at, self.ecc, self.ecc_2, HBM, &raw mut info);
-        ok(code, info.single_next.saturating_add(info.double_next))
+        ok(code, info)
     }
 
     /// Subscribes to the events of all devices; they arrive in [`queue`].

@@ -36,6 +36,16 @@ pub(super) struct HbmInfo {
     pub(super) bandwidth: u32,
 }
 
+/// `struct dcmi_multi_utilization_info`; percent.
+#[repr(C)]
+pub(super) struct Utilizations {
+    pub(super) aic: u32,
+    pub(super) aiv: u32,
+    pub(super) aicore: u32,
+    pub(super) npu: u32,
+    pub(super) reserve: [u32; 8],
+}
+
 /// `struct dcmi_elabel_info`.
 #[repr(C)]
 pub(super) struct Elabel {
@@ -159,6 +169,7 @@ mod tests {
             (size_of::<ChipInfo>(), 132),
             (size_of::<PcieInfo>(), 64),
             (size_of::<HbmInfo>(), 32),
+            (size_of::<Utilizations>(), 48),
             (size_of::<Elabel>(), 1280),
             (size_of::<DieId>(), 20),
             (size_of::<Spod>(), 48),

@@ -9,6 +9,7 @@ mod layout;
 mod listener;
 mod queue;
 mod switches;
+mod vitals;
 pub mod watch;
 
 use std::{
@@ -26,7 +27,10 @@ use super::{
     poll::Readable,
     slate::{Failure, Slate},
 };
-use crate::health::fact::{DeviceInfo, DriverState, NpuReading, PciAddress, Read, What};
+use crate::{
+    health::fact::{DeviceInfo, DriverState, NpuReading, PciAddress, Read, What},
+    vitals::Sight,
+};
 
 /// The library's name, as the dynamic linker searches it.
 pub const LIBRARY: &str = "libdcmi.so";
@@ -63,6 +67,8 @@ pub struct Target {
     pub info: DeviceInfo,
     /// What events call it.
     event_id: Option<u16>,
+    /// Its place in the host's order.
+    logic: Option<c_int>,
     at: At,
 }
 
@@ -161,7 +167,7 @@ impl Dcmi {
             card: if serial.is_empty() { format!("card {card}") } else { serial },
             pci: self.pci(at),
         };
-        Target { info, event_id: logic.and_then(|logic| u16::try_from(logic).ok()), at }
+        Target { info, event_id: logic.and_then(|logic| u16::try_from(logic).ok()), logic, at }
     }
 
     /// The super-pod; what a driver without one says is no number of a pod.
@@ -277,6 +283,10 @@ impl Readable for Npu {
         values
     }
 
+    fn seen(&self, values: &NpuReading) -> Sight {
+        vitals::seen(values)
+    }
+
     fn fact(&self, values: NpuReading) -> What {
         What::Npu(Box::new(values))
     }
@@ -372,7 +382,7 @@ mod tests {
             reset_group: None,
             driver_branch: None,
         };
-        Target { info, event_id: None, at: At::First { card, device } }
+        Target { info, event_id: None, logic: None, at: At::First { card, device } }
     }
 
     #[test]

@@ -17,8 +17,10 @@ use crate::{
     vendor::{
         Bells, Facts, Seen,
         lane::{Lane, LaneError},
+        measure::Measurer,
         poll::{POLL, Poller, READ_LIMIT},
     },
+    vitals::Board,
 };
 
 /// Name of this detector.
@@ -46,13 +48,14 @@ pub struct Watch {
     clock: Clock,
     facts: Facts,
     bells: Bells,
+    board: Board,
 }
 
 impl Watch {
-    /// A watch that tells `facts` and listens to `bells`.
+    /// A watch that tells `facts`, listens to `bells` and keeps vital signs on `board`.
     #[must_use]
-    pub fn new(config: WatchConfig, clock: Clock, facts: Facts, bells: Bells) -> Self {
-        Self { config, clock, facts, bells }
+    pub fn new(config: WatchConfig, clock: Clock, facts: Facts, bells: Bells, board: Board) -> Self {
+        Self { config, clock, facts, bells, board }
     }
 
     /// Watches until `stop` is cancelled.
@@ -78,7 +81,10 @@ impl Watch {
             let bell = self.bells.of(&target.info.local);
             let (clock, facts, first) = (self.clock.clone(), self.facts.clone(), first.clone());
             let device = Arc::new(Npu { library: Arc::clone(&library), target });
-            loops.spawn(Poller { clock, facts, device, bell }.run(first));
+            let board = self.board.clone();
+            let measurer = Measurer { clock: clock.clone(), board: board.clone(), device: Arc::clone(&device) };
+            loops.spawn(measurer.run());
+            loops.spawn(Poller { clock, facts, device, bell, board }.run(first));
         }
         loops.spawn(attend(self.clock.clone(), self.facts.clone(), library, switches, first));
         let settled = async {

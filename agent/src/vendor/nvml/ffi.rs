@@ -116,7 +116,25 @@ const _: () = assert!(
         && size_of::<FabricV2>() == 36
         && size_of::<SramStatus>() == 104
         && size_of::<EventData>() == 32
+        && size_of::<Utilization>() == 8
 );
+
+/// `nvmlUtilization_t`, 8 bytes; percent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Utilization {
+    pub(super) gpu: c_uint,
+    pub(super) memory: c_uint,
+}
+
+/// Memory as it is read, bytes; the reserve is known of newer drivers only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct RawMemory {
+    pub(super) total: u64,
+    pub(super) free: u64,
+    pub(super) used: u64,
+    pub(super) reserved: Option<u64>,
+}
 
 /// An event as it came.
 #[derive(Clone, Copy, Debug)]
@@ -198,6 +216,13 @@ api! {
     fields = b"nvmlDeviceGetFieldValues\0": fn(Raw, c_int, *mut FieldValue) -> Code;
     link = b"nvmlDeviceGetNvLinkState\0": fn(Raw, c_uint, *mut c_uint) -> Code;
     fabric = b"nvmlDeviceGetGpuFabricInfoV\0": fn(Raw, *mut FabricV2) -> Code;
+    power = b"nvmlDeviceGetPowerUsage\0": fn(Raw, *mut c_uint) -> Code;
+    energy = b"nvmlDeviceGetTotalEnergyConsumption\0": fn(Raw, *mut c_ulonglong) -> Code;
+    clock = b"nvmlDeviceGetClockInfo\0": fn(Raw, c_uint, *mut c_uint) -> Code;
+    utilization = b"nvmlDeviceGetUtilizationRates\0": fn(Raw, *mut Utilization) -> Code;
+    encoder = b"nvmlDeviceGetEncoderUtilization\0": fn(Raw, *mut c_uint, *mut c_uint) -> Code;
+    decoder = b"nvmlDeviceGetDecoderUtilization\0": fn(Raw, *mut c_uint, *mut c_uint) -> Code;
+    replays = b"nvmlDeviceGetPcieReplayCounter\0": fn(Raw, *mut c_uint) -> Code;
     set_create = b"nvmlEventSetCreate\0": fn(*mut Raw) -> Code;
     set_wait = b"nvmlEventSetWait_v2\0": fn(Raw, *mut EventData, c_uint) -> Code;
     supported_events = b"nvmlDeviceGetSupportedEventTypes\0": fn(Raw, *mut c_ulonglong) -> Code;
@@ -285,20 +310,63 @@ impl Api {
 
     /// Bytes in all.
     pub(super) fn memory(&self, device: Device) -> Result<u64, Code> {
+        self.memory_use(device).map(|memory| memory.total)
+    }
+
+    /// Bytes in all, free, in use and reserved.
+    pub(super) fn memory_use(&self, device: Device) -> Result<RawMemory, Code> {
         if let Some(function) = self.memory_v2 {
             let mut info =
                 MemoryV2 { version: version(size_of::<MemoryV2>(), 2), total: 0, reserved: 0, free: 0, used: 0 };
             // SAFETY: as above, and the version is set.
             let code = unsafe { function(device.0, &raw mut info) };
+            let MemoryV2 { total, reserved, free, used, .. } = info;
             if code == SUCCESS {
-                return Ok(info.total);
+                return Ok(RawMemory { total, free, used, reserved: Some(reserved) });
             }
         }
         let function = self.memory.ok_or(NOT_SUPPORTED)?;
         let mut info = Memory { total: 0, free: 0, used: 0 };
         // SAFETY: as above.
         let code = unsafe { function(device.0, &raw mut info) };
-        ok(code, info.total)
+        let Memory { total, free, used } = info;
+        ok(code, RawMemory { total, free, used, reserved: None })
+    }
+
+    /// Milliwatts.
+    pub(super) fn power(&self, device: Device) -> Result<u32, Code> {
+        number!(self.power, c_uint, device.0)
+    }
+
+    /// Millijoules since the driver was loaded.
+    pub(super) fn energy(&self, device: Device) -> Result<u64, Code> {
+        number!(self.energy, c_ulonglong, device.0)
+    }
+
+    /// MHz; 1 = multiprocessors, 2 = memory.
+    pub(super) fn clock(&self, device: Device, kind: u32) -> Result<u32, Code> {
+        number!(self.clock, c_uint, device.0, kind)
+    }
+
+    pub(super) fn utilization(&self, device: Device) -> Result<Utilization, Code> {
+        let function = self.utilization.ok_or(NOT_SUPPORTED)?;
+        let mut out = Utilization::default();
+        // SAFETY: `out` has nvml.h's layout and is ours for the call.
+        ok(unsafe { function(device.0, &raw mut out) }, out)
+    }
+
+    /// Percent.
+    pub(super) fn encoder(&self, device: Device) -> Result<u32, Code> {
+        with_period(self.encoder, device)
+    }
+
+    /// Percent.
+    pub(super) fn decoder(&self, device: Device) -> Result<u32, Code> {
+        with_period(self.decoder, device)
+    }
+
+    pub(super) fn replays(&self, device: Device) -> Result<u32, Code> {
+        number!(self.replays, c_uint, device.0)
     }
 
     pub(super) fn temperature(&self, device: Device) -> Result<u32, Code> {
@@ -401,6 +469,17 @@ impl Api {
         let EventData { device, kind, data, gpu_instance, compute_instance } = data;
         ok(code, RawEvent { device: Device(device), kind, data, gpu_instance, compute_instance })
     }
+}
+
+/// Calls an optional function that fills a number and the period that it was sampled over.
+fn with_period(
+    function: Option<unsafe extern "C" fn(Raw, *mut c_uint, *mut c_uint) -> Code>,
+    device: Device,
+) -> Result<u32, Code> {
+    let function = function.ok_or(NOT_SUPPORTED)?;
+    let (mut value, mut period) = (0, 0);
+    // SAFETY: two numbers of ours.
+    ok(unsafe { function(device.0, &raw mut value, &raw mut period) }, value)
 }
 
 /// The version word of a struct: its size, and the version above it.

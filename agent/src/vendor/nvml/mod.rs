@@ -4,6 +4,7 @@
 //! only. A value that the driver or device does not have is [`Read::Absent`], never an error.
 
 mod ffi;
+mod vitals;
 pub mod watch;
 
 use std::{
@@ -22,6 +23,7 @@ use crate::{
         poll::Readable,
         slate::{Failure, Slate},
     },
+    vitals::Sight,
 };
 
 /// The library's name, as the dynamic linker searches it.
@@ -61,6 +63,8 @@ pub enum OpenError {
 pub struct Target {
     /// What it is.
     pub info: DeviceInfo,
+    /// What the library calls it.
+    index: u32,
     handle: ffi::Device,
     /// Links that were up when it was first seen.
     links: Vec<u32>,
@@ -162,7 +166,7 @@ impl Nvml {
             driver_branch: self.branch(),
         };
         let links = (0..LINKS).filter(|link| self.api.link_up(handle, *link) == Ok(true)).collect();
-        Ok(Target { info, handle, links })
+        Ok(Target { info, index, handle, links })
     }
 
     /// `<cluster uuid>.<clique>`, as feature discovery prints it; only a completed registration counts.
@@ -261,6 +265,10 @@ impl Readable for Gpu {
     fn unread(&self, mut values: Reading) -> Reading {
         values.recovery = Read::Missed;
         values
+    }
+
+    fn seen(&self, values: &Reading) -> Sight {
+        vitals::seen(values)
     }
 
     fn fact(&self, values: Reading) -> What {

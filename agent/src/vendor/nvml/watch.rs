@@ -17,8 +17,10 @@ use crate::{
     vendor::{
         Bells, Facts, Seen,
         lane::{self, Lane, LaneError},
+        measure::Measurer,
         poll::{Poller, READ_LIMIT},
     },
+    vitals::Board,
 };
 
 /// Name of this detector.
@@ -48,13 +50,14 @@ pub struct Watch {
     clock: Clock,
     facts: Facts,
     bells: Bells,
+    board: Board,
 }
 
 impl Watch {
-    /// A watch that tells `facts` and listens to `bells`.
+    /// A watch that tells `facts`, listens to `bells` and keeps vital signs on `board`.
     #[must_use]
-    pub fn new(config: WatchConfig, clock: Clock, facts: Facts, bells: Bells) -> Self {
-        Self { config, clock, facts, bells }
+    pub fn new(config: WatchConfig, clock: Clock, facts: Facts, bells: Bells, board: Board) -> Self {
+        Self { config, clock, facts, bells, board }
     }
 
     /// Watches until `stop` is cancelled.
@@ -79,7 +82,10 @@ impl Watch {
             let bell = self.bells.of(&target.info.local);
             let (clock, facts, first) = (self.clock.clone(), self.facts.clone(), first.clone());
             let device = Arc::new(Gpu { library: Arc::clone(&library), target });
-            loops.spawn(Poller { clock, facts, device, bell }.run(first));
+            let board = self.board.clone();
+            let measurer = Measurer { clock: clock.clone(), board: board.clone(), device: Arc::clone(&device) };
+            loops.spawn(measurer.run());
+            loops.spawn(Poller { clock, facts, device, bell, board }.run(first));
         }
         drop(first);
         let settled = async {
@@ -88,7 +94,7 @@ impl Watch {
             self.facts.send(Seen::Settled(NAME), None).await;
             std::future::pending::<()>().await;
         };
-        // A poller never ends by itself; a panic in one must not go unnoticed.
+        // None ends by itself; a panic in one must not go unnoticed.
         tokio::select! {
             () = settled => {}
             Some(ended) = loops.join_next() => {

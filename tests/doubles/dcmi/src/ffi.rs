@@ -55,6 +55,17 @@ pub struct HbmInfo {
     bandwidth: u32,
 }
 
+/// `struct dcmi_multi_utilization_info`; percent.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Utilizations {
+    aic: u32,
+    aiv: u32,
+    aicore: u32,
+    npu: u32,
+    reserve: [u32; 8],
+}
+
 /// `struct dcmi_elabel_info`.
 #[repr(C)]
 #[derive(Debug)]
@@ -157,6 +168,7 @@ const _: () = assert!(
     size_of::<ChipInfo>() == 132
         && size_of::<PcieInfo>() == 64
         && size_of::<HbmInfo>() == 32
+        && size_of::<Utilizations>() == 48
         && size_of::<Elabel>() == 1280
         && size_of::<Spod>() == 48
         && size_of::<EccInfo>() == 36
@@ -271,6 +283,33 @@ both! {
     dcmi_get_device_temperature, dcmiv2_get_device_temperature(out: *mut c_int) => |device, out| {
         let temperature = narrow(device.temperature.get()?)?;
         unsafe { put(out, temperature) }
+    };
+    // Tenths of a watt, hundredths of a volt, MHz.
+    dcmi_get_device_power_info, dcmiv2_get_device_power_info(out: *mut c_int) => |device, out| {
+        let power = narrow(device.power.get()?)?;
+        unsafe { put(out, power) }
+    };
+    dcmi_get_device_voltage, dcmiv2_get_device_voltage(out: *mut c_uint) => |_, out| unsafe { put(out, 85) };
+    dcmi_get_device_frequency, dcmiv2_get_device_frequency(kind: c_uint, out: *mut c_uint) => |_, kind, out| {
+        if kind != 7 {
+            return Err(NOT_SUPPORT);
+        }
+        unsafe { put(out, 1800) }
+    };
+    dcmi_get_device_utilization_rate, dcmiv2_get_device_utilization_rate(
+        kind: c_int, out: *mut c_uint
+    ) => |device, kind, out| {
+        if ![2, 12, 13].contains(&kind) {
+            return Err(NOT_SUPPORT);
+        }
+        let rate = narrow(device.utilization.get()?)?;
+        unsafe { put(out, rate) }
+    };
+    dcmi_get_device_multi_utilization_rate, dcmiv2_get_device_multi_utilization_rate(
+        out: *mut Utilizations
+    ) => |device, out| {
+        let npu = narrow(device.utilization.get()?)?;
+        unsafe { put(out, Utilizations { aic: npu, aiv: npu, aicore: npu, npu, reserve: [0; 8] }) }
     };
     dcmi_get_device_errorcode_v2, dcmiv2_get_device_error_code_list(
         count: *mut c_int, list: *mut c_uint, room: c_uint
@@ -436,6 +475,25 @@ pub unsafe extern "C" fn dcmi_get_device_logic_id(out: *mut c_int, card: c_int, 
     answer("dcmi_get_device_logic_id", card, device, |device| {
         // SAFETY: as this function.
         unsafe { put(out, c_int::from(device.logic)) }
+    })
+}
+
+/// # Safety
+/// `out` is valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dcmi_get_device_phyid_from_logicid(logic: c_uint, out: *mut c_uint) -> c_int {
+    // SAFETY: as this function.
+    whole("dcmi_get_device_phyid_from_logicid", |_| unsafe { put(out, logic) })
+}
+
+/// # Safety
+/// `out` is valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dcmiv2_get_chip_phy_id_by_dev_id(device: c_int, out: *mut c_uint) -> c_int {
+    whole("dcmiv2_get_chip_phy_id_by_dev_id", |_| {
+        let device = c_uint::try_from(device).map_err(|_| INVALID)?;
+        // SAFETY: as this function.
+        unsafe { put(out, device) }
     })
 }
 

@@ -107,6 +107,10 @@ pub struct Set {
     pub hbm_used: Option<Value>,
     /// Temperature.
     pub temperature_c: Option<Value>,
+    /// Power draw, tenths of a watt.
+    pub power: Option<Value>,
+    /// Use of the device, percent.
+    pub utilization: Option<Value>,
     /// Boot status.
     pub boot_status: Option<Value>,
     /// By sdid: state of a node of the super-pod.

@@ -36,6 +36,10 @@ pub struct Device {
     pub hbm_used: Value,
     /// Temperature, °C.
     pub temperature: Value,
+    /// Power draw, tenths of a watt.
+    pub power: Value,
+    /// Use of the device, percent.
+    pub utilization: Value,
     /// 16 = started.
     pub boot: Value,
     /// Pages that the next reset isolates.
@@ -114,6 +118,8 @@ impl Library for State {
             codes: Codes::default(),
             hbm_used: Value::Number(0),
             temperature: Value::Number(45),
+            power: Value::Number(934),
+            utilization: Value::Number(0),
             boot: Value::Number(16),
             next_isolated: Value::Number(0),
             superpod_status: BTreeMap::new(),
@@ -212,6 +218,8 @@ impl Device {
             (&mut self.network, set.network_health),
             (&mut self.hbm_used, set.hbm_used),
             (&mut self.temperature, set.temperature_c),
+            (&mut self.power, set.power),
+            (&mut self.utilization, set.utilization),
             (&mut self.boot, set.boot_status),
             (&mut self.next_isolated, set.next_isolated),
         ];

@@ -57,6 +57,14 @@ pub struct Memory {
     used: u64,
 }
 
+/// `nvmlUtilization_t`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Utilization {
+    gpu: c_uint,
+    memory: c_uint,
+}
+
 /// `nvmlEventData_t`.
 #[repr(C)]
 #[derive(Debug)]
@@ -284,7 +292,46 @@ number_getter! {
         None if link < 18 => Ok(1),
         None => Err(NOT_SUPPORTED),
     };
+    nvmlDeviceGetPowerUsage() -> c_uint => |device| device.power_mw.get();
+    nvmlDeviceGetTotalEnergyConsumption() -> c_ulonglong => |device| device.energy_mj.get();
+    nvmlDeviceGetClockInfo(kind: c_uint) -> c_uint => |_, kind| match kind {
+        0 | 1 => Ok(1980),
+        2 => Ok(3201),
+        _ => Err(NOT_SUPPORTED),
+    };
+    nvmlDeviceGetPcieReplayCounter() -> c_uint => |_| Ok(0);
     nvmlDeviceGetSupportedEventTypes() -> c_ulonglong => |device| Ok(device.supported);
+}
+
+/// # Safety
+/// `out` is valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetUtilizationRates(handle: Handle, out: *mut Utilization) -> c_int {
+    answer("nvmlDeviceGetUtilizationRates", handle, |device| {
+        let gpu = narrow(device.utilization.get()?)?;
+        // SAFETY: as this function.
+        unsafe { put(out, Utilization { gpu, memory: gpu / 2 }) }
+    })
+}
+
+macro_rules! sampled_getter {
+    ($($symbol:ident)+) => { $(
+        /// # Safety
+        /// Each pointer is valid for a write.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $symbol(handle: Handle, value: *mut c_uint, period_us: *mut c_uint) -> c_int {
+            // SAFETY: as this function.
+            answer(stringify!($symbol), handle, |_| unsafe {
+                put(value, 0)?;
+                put(period_us, 100_000)
+            })
+        }
+    )+ };
+}
+
+sampled_getter! {
+    nvmlDeviceGetEncoderUtilization
+    nvmlDeviceGetDecoderUtilization
 }
 
 /// # Safety

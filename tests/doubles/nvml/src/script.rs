@@ -106,6 +106,12 @@ pub struct Set {
     pub memory_used: Option<Value>,
     /// Temperature.
     pub temperature_c: Option<Value>,
+    /// Power draw, mW.
+    pub power_mw: Option<Value>,
+    /// Energy since the driver was loaded, mJ.
+    pub energy_mj: Option<Value>,
+    /// Use of the device, percent.
+    pub utilization: Option<Value>,
     /// Volatile uncorrected ECC errors.
     pub ecc_uncorrected: Option<Value>,
     /// Volatile corrected ECC errors.

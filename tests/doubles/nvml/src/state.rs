@@ -35,6 +35,12 @@ pub struct Device {
     pub memory_used: Value,
     /// Temperature, °C.
     pub temperature: Value,
+    /// Power draw, mW.
+    pub power_mw: Value,
+    /// Energy, mJ.
+    pub energy_mj: Value,
+    /// Use of the device, percent.
+    pub utilization: Value,
     /// Slowdown threshold, °C.
     pub slowdown: Value,
     /// Shutdown threshold, °C.
@@ -105,7 +111,14 @@ impl Library for State {
         let device = |header: &DeviceHeader| Device {
             header: header.clone(),
             supported: events,
-            fields: [(230, if old { Value::Code { code: NOT_SUPPORTED } } else { Value::Number(0) })].into(),
+            fields: [
+                (82, Value::Number(48)),
+                (230, if old { Value::Code { code: NOT_SUPPORTED } } else { Value::Number(0) }),
+            ]
+            .into(),
+            power_mw: Value::Number(120_500),
+            energy_mj: Value::Number(7_000_000),
+            utilization: Value::Number(0),
             temperature: Value::Number(45),
             slowdown: Value::Number(87),
             shutdown: Value::Number(110),
@@ -163,6 +176,9 @@ impl Device {
         let values = [
             (&mut self.memory_used, set.memory_used),
             (&mut self.temperature, set.temperature_c),
+            (&mut self.power_mw, set.power_mw),
+            (&mut self.energy_mj, set.energy_mj),
+            (&mut self.utilization, set.utilization),
             (&mut self.slowdown, set.slowdown_c),
             (&mut self.shutdown, set.shutdown_c),
             (&mut self.ecc_uncorrected, set.ecc_uncorrected),
