@@ -23,13 +23,15 @@ struct Query {
 
 fn boards() -> Vec<(PathBuf, Value)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/berth/files/dashboards");
-    let files = std::fs::read_dir(&folder).expect("boards").flatten().map(|file| file.path());
+    // In the order in which helm renders them.
+    let files: BTreeSet<PathBuf> =
+        std::fs::read_dir(&folder).expect("boards").flatten().map(|file| file.path()).collect();
     let board = |path: PathBuf| {
         let text = std::fs::read(&path).expect("a board");
         let board = serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         (path, board)
     };
-    let boards: Vec<_> = files.map(board).collect();
+    let boards: Vec<_> = files.into_iter().map(board).collect();
     assert!(!boards.is_empty(), "no boards in {}", folder.display());
     boards
 }
@@ -56,7 +58,9 @@ fn queries(board: &Value) -> Vec<Query> {
 /// A query with the board's variables filled in, as Grafana does it: everything is shown.
 fn filled(query: &str) -> String {
     let mut text = query.to_owned();
-    for (variable, value) in [("$__rate_interval", "30s"), ("$__range", "10m"), ("$vendor", ".*"), ("$pool", ".*")] {
+    for (variable, value) in
+        [("$__rate_interval", "30s"), ("$__range", "10m"), ("$vendor", ".*"), ("$pool", ".*"), ("$node", ".*")]
+    {
         text = text.replace(variable, value);
     }
     assert!(!text.contains('$'), "a variable that nobody fills in: {text}");
@@ -66,7 +70,10 @@ fn filled(query: &str) -> String {
 /// Names of metrics in a query, as they are scraped.
 fn names(query: &str) -> BTreeSet<String> {
     let words = query.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
-    words.filter(|word| word.starts_with("berth_") && *word != "berth_").map(str::to_owned).collect()
+    let ours = |word: &&str| {
+        ["berth_", "accelerator_"].iter().any(|prefix| word.strip_prefix(prefix).is_some_and(|rest| !rest.is_empty()))
+    };
+    words.filter(ours).map(str::to_owned).collect()
 }
 
 #[test]
