@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a scenario fails it like the scenario itself")]
 
 mod agent;
+mod alerts;
 mod chart;
 mod cluster;
 mod crd_rules;
