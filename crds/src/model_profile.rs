@@ -37,7 +37,8 @@ pub struct ModelProfileSpec {
             .message("spec.geometry cannot change: another geometry is another ModelProfile")
     )]
     pub geometry: Geometry,
-    /// Format each vendor computes in. A vendor that is absent uses the checkpoint's own format.
+    /// Format in which each vendor's devices hold experts. A vendor that is absent uses the checkpoint's own. Workers
+    /// make bf16 and int8_per_channel from any stored format; a device whose kernels lack the format is left out.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub vendor_formats: BTreeMap<Vendor, WeightFormat>,
     /// Bytes of everything but routed experts (attention, router, shared experts, embeddings).
