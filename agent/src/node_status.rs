@@ -162,7 +162,7 @@ impl NodeStatus {
                 Some(now) => {
                     let status = self.status(&now, &view, last.as_ref(), object.as_ref());
                     let gone = object.is_none();
-                    if last.as_ref() == Some(&status) && !gone {
+                    if last.as_ref().is_some_and(|last| says_nothing_new(last, &status)) && !gone {
                         Ok(())
                     } else {
                         let written = self.put(api, &status, gone).await;
@@ -280,6 +280,19 @@ impl NodeStatus {
             ),
         }
     }
+}
+
+/// Whether `now` says no more than what was written: notes and refined evidence go up the stream alone.
+fn says_nothing_new(written: &AcceleratorNodeStatus, now: &AcceleratorNodeStatus) -> bool {
+    let (mut written, mut now) = (written.clone(), now.clone());
+    for status in [&mut written, &mut now] {
+        status.sequence = 0;
+        if let Some(node) = &mut status.node {
+            node.evidence.clear();
+        }
+        status.devices.iter_mut().for_each(|device| device.evidence.clear());
+    }
+    written == now
 }
 
 fn summary(now: &Published) -> NodeSummary {
