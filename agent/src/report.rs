@@ -15,6 +15,7 @@ use berth_runtime::{
 };
 use berth_types::{Epoch, Health, NodeName};
 use kube::Client;
+use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -31,8 +32,10 @@ use crate::{
 const BEAT: Duration = Duration::from_secs(1);
 /// Connecting has so long.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
-/// Longest pause before the leader is looked for again, and spread of the clients of a failed one.
+/// Pause before the leader is looked for again, and spread of the clients of a failed one.
 const JITTER: Duration = Duration::from_millis(500);
+/// The pause doubles up to this while nobody leads: every agent of the cluster asks the API server.
+const PAUSE_MOST: Duration = Duration::from_secs(2);
 /// A leader that says nothing to a new stream for so long is not one.
 const HELLO_LIMIT: Duration = Duration::from_secs(5);
 
@@ -102,13 +105,15 @@ impl Reporter {
     pub async fn run(mut self, stop: CancellationToken) {
         let mut gate = Gate::default();
         let mut last = String::new();
+        let mut pause = JITTER;
         loop {
             // Cancel-safe: a stream that is dropped begins anew, whole.
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
                 ended = self.stream(&mut gate) => ended,
             };
-            self.metrics.connected.set(0);
+            let connected = self.metrics.connected.set(0) == 1;
+            pause = if connected { JITTER } else { pause.saturating_mul(2).min(PAUSE_MOST) };
             if let Err(error) = ended {
                 let text = error.to_string();
                 // The same trouble is told once.
@@ -121,7 +126,7 @@ impl Reporter {
             }
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.clock.sleep(JITTER) => {}
+                () = self.clock.sleep(pause.mul_f64(rand::rng().random_range(0.5..1.0))) => {}
             }
         }
     }

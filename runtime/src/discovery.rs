@@ -4,7 +4,7 @@
 use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
 
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::{Api, Client};
+use kube::{Api, Client, api::GetParams};
 use rand::Rng;
 
 use crate::{Clock, clock::Elapsed};
@@ -76,7 +76,11 @@ pub async fn discover(
     let pause = jitter.mul_f64(rand::rng().random());
     clock.sleep(pause).await;
     let api: Api<Lease> = Api::namespaced(client, namespace);
-    let found = clock.timeout(CALL_LIMIT, api.get_opt(lease)).await??;
+    // From the API server's memory: its store is spared by the clients of a failed leader.
+    let found = match clock.timeout(CALL_LIMIT, api.get_with(lease, &GetParams::any())).await? {
+        Err(kube::Error::Api(status)) if status.code == 404 => None,
+        found => Some(found?),
+    };
     let identity = found.and_then(|found| found.spec).and_then(|spec| spec.holder_identity).unwrap_or_default();
     if identity.is_empty() {
         return Err(DiscoverError::NoLeader { namespace: namespace.to_owned(), lease: lease.to_owned() });
