@@ -78,10 +78,9 @@ impl<D: Readable> Poller<D> {
             let fact = Fact::device(self.device.local(), self.device.fact(values));
             self.facts.send(Seen::Fact(fact), None).await;
             drop(first.take());
-            self.clock.sleep_until(begun.saturating_add(GAP)).await;
-            // Both arms only wait.
+            // Both arms only wait. Only who was asked for a reading waits out the gap: an idle device has one timer.
             tokio::select! {
-                () = self.bell.notified() => {}
+                () = self.bell.notified() => self.clock.sleep_until(begun.saturating_add(GAP)).await,
                 () = self.clock.idle_until(begun.saturating_add(POLL)) => {}
             }
         }
