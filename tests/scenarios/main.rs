@@ -9,6 +9,7 @@ mod chart;
 mod cluster;
 mod crd_rules;
 mod demo;
+mod fleet;
 mod install;
 mod kubelet;
 mod lifetime;

@@ -9,6 +9,7 @@
 //! Nothing here may be used by a part of Berth, and nothing here may outlive the process that started it.
 
 pub mod address;
+pub mod bench;
 pub mod cluster_tool;
 pub mod collector;
 pub mod control_plane;

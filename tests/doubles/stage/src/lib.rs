@@ -183,7 +183,7 @@ impl<L: Library> Instance<L> {
             Ok(header) => self.configure(&header),
             Err(error) => complain::<L>(&format!("script, line 1: {error}")),
         }
-        thread::spawn(move || {
+        let following = move || {
             let mut text = String::new();
             loop {
                 // A line without its end is still being written: keep it and read on.
@@ -196,7 +196,11 @@ impl<L: Library> Instance<L> {
                     Err(_) => return,
                 }
             }
-        });
+        };
+        // Named, so that whoever measures the agent can leave it out.
+        if let Err(error) = thread::Builder::new().name("double script".to_owned()).spawn(following) {
+            complain::<L>(&format!("no thread for the script: {error}"));
+        }
     }
 
     fn take(&self, text: &str, started: Instant) {
