@@ -1,12 +1,7 @@
 //! Many agents in one process: each with its own connections, its own ledger and the code by which an agent keeps its
 //! AcceleratorNode. Their devices are facts and lines of a kernel log; they have no workers and no stream.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    sync::{Arc, mpsc},
-    time::Duration,
-};
+use std::{collections::BTreeMap, io, sync::mpsc, time::Duration};
 
 use berth_agent::{
     Eyes,
@@ -23,6 +18,7 @@ use berth_agent::{
     vendor::{Facts, Seen},
     workers::View,
 };
+use berth_kernels::BackendKind;
 use berth_runtime::Clock;
 use berth_types::{NodeName, Vendor};
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec};
@@ -164,7 +160,8 @@ impl Agent {
         let (wanted, see_wanted) = watch::channel(Wanted::default());
         let (view, workers) = watch::channel(View::default());
         let (publish, published) = watch::channel(None);
-        let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: text, uptime_ms: 0 };
+        let (boot_id, backend) = (text, BackendKind::Cpu);
+        let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id, uptime_ms: 0, backend };
         tokio::spawn(publisher.run(observation.snapshots, see_wanted, publish, stop.clone()));
         let status = NodeStatus { clock: clock.clone(), client, node, published, workers, wanted, metrics };
         tokio::spawn(until(stop.clone(), status.run(stop.clone()), view));

@@ -23,6 +23,7 @@ use berth_agent::{
     vendor::{dcmi, nvml},
     workers::View,
 };
+use berth_kernels::BackendKind;
 use berth_proto::v1::control_server::ControlServer;
 use berth_runtime::Clock;
 use berth_scheduler::{
@@ -177,7 +178,9 @@ async fn start_agent(
     let (view, workers) = watch::channel(View::default());
     let (desired, see_desired) = watch::channel(Arc::default());
     let (publish, published) = watch::channel(None);
-    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: "bench".to_owned(), uptime_ms: 0 };
+    let backend = BackendKind::Cpu;
+    let publisher =
+        Publisher { clock: clock.clone(), node: node.clone(), boot_id: "bench".to_owned(), uptime_ms: 0, backend };
     tokio::spawn(publisher.run(observation.snapshots, see_wanted, publish, stop.clone()));
     let leader = Leader::Fixed(scheduler);
     let clock = clock.clone();
