@@ -14,7 +14,7 @@ use anyhow::{Context, anyhow, bail};
 use berth_kernels::BackendKind;
 use berth_proto::{
     MESSAGE_LIMIT,
-    convert::{Shelf, Slots},
+    convert::{Shelf, SlotWeights, Slots},
     v1::{self, ShelfPhase, worker_client::WorkerClient},
 };
 use berth_runner::routes::{RouteDevice, RouteTable};
@@ -210,6 +210,7 @@ impl Fleet {
             device: member.device.clone(),
             endpoint: member.endpoint.clone(),
             slots: member.slots.clone(),
+            weights: SlotWeights::new(),
         };
         RouteTable {
             placement_uid: PLACEMENT_UID.to_owned(),

@@ -1,6 +1,7 @@
 //! `berth profile`: ModelProfiles from published presets and from a checkpoint's `config.json`. Computes
 //! what the configuration says and measures nothing; figures it cannot know it asks for.
 
+mod loads;
 mod v4;
 
 use std::{
@@ -52,6 +53,10 @@ struct ImportArgs {
     /// How devices of a vendor hold experts, such as ascend=int8_per_channel; repeatable (default: as stored).
     #[arg(long, value_parser = vendor_format)]
     vendor_format: Vec<(Vendor, WeightFormat)>,
+    /// Recorded token counts, little-endian u32 [windows][expert layers][experts]: their sums become expertLoads, where new
+    /// instances start from.
+    #[arg(long, value_name = "FILE")]
+    loads: Option<PathBuf>,
 }
 
 fn vendor_format(text: &str) -> Result<(Vendor, WeightFormat), String> {
@@ -82,7 +87,7 @@ fn preset(name: Option<&str>) -> anyhow::Result<String> {
 }
 
 fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
-    let ImportArgs { config, name, non_expert_bytes, kv_bytes_per_token, vendor_format } = args;
+    let ImportArgs { config, name, non_expert_bytes, kv_bytes_per_token, vendor_format, loads } = args;
     let file = if config.is_dir() { config.join("config.json") } else { config.clone() };
     let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
     let value: Value = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", file.display()))?;
@@ -122,6 +127,12 @@ fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
         }
         (None, None) => (fields.kv_bytes_per_token(&geometry, &mut sources)?, Bytes::ZERO),
     };
+    let mut expert_loads = Vec::new();
+    if let Some(file) = loads {
+        let (shares, windows) = loads::shares(file, &geometry)?;
+        expert_loads = shares;
+        sources.push(format!("expertLoads: token counts of {windows} recorded windows"));
+    }
     let spec = ModelProfileSpec {
         non_expert_bytes,
         kv_bytes_per_token,
@@ -130,6 +141,7 @@ fn import(args: &ImportArgs) -> anyhow::Result<ModelProfile> {
         geometry,
         vendor_formats: vendor_format.iter().copied().collect(),
         throughput: Vec::new(),
+        expert_loads,
         sources,
     };
     Ok(ModelProfile::new(&name, spec))
@@ -266,6 +278,7 @@ mod tests {
             non_expert_bytes: None,
             kv_bytes_per_token: None,
             vendor_format: Vec::new(),
+            loads: None,
         })
     }
 
@@ -299,6 +312,36 @@ mod tests {
         config["max_position_embeddings"] = json!(-1);
         let error = format!("{:#}", import_of(&config, &[]).unwrap_err());
         assert!(error.contains("max_position_embeddings"), "{error}");
+    }
+
+    #[test]
+    fn recorded_loads_become_shares_and_a_torn_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, file) = (folder.path().join("config.json"), folder.path().join("a.u32le"));
+        fs::write(&config, tiny().to_string()).unwrap();
+        // Two windows of three expert layers: expert 3 is asked for twice as often as the others.
+        let counts = (0..2 * 3 * 16).flat_map(|at| (if at % 16 == 3 { 20_u32 } else { 10 }).to_le_bytes());
+        let bytes: Vec<u8> = counts.collect();
+        let import = |bytes: &[u8]| {
+            fs::write(&file, bytes).unwrap();
+            let loads = Some(file.clone());
+            let args = ImportArgs {
+                config: config.clone(),
+                name: Some("v3-tiny".to_owned()),
+                non_expert_bytes: None,
+                kv_bytes_per_token: None,
+                vendor_format: Vec::new(),
+                loads,
+            };
+            import(&args)
+        };
+        let spec = import(&bytes).unwrap().spec;
+        assert_eq!(spec.expert_loads.iter().map(|layer| layer.layer).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(spec.expert_loads[0].shares[..4], [32_767, 32_767, 32_767, 65_535]);
+        assert!(spec.validate_expert_loads().is_ok());
+        assert!(spec.sources.iter().any(|source| source.contains("2 recorded windows")), "{:?}", spec.sources);
+        let torn = import(&bytes[1..]).unwrap_err().to_string();
+        assert!(torn.contains("no whole windows of 3 expert layers x 16 experts"), "{torn}");
     }
 
     #[test]

@@ -3,13 +3,16 @@
 
 use std::collections::BTreeMap;
 
-use berth_types::{Bytes, DeviceId, Geometry, Vendor, WeightFormat};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use berth_types::{Bytes, DeviceId, Geometry, TokensPerSecond, Vendor, WeightFormat};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::model_deployment::{DeviceChoice, Redundancy, Weights};
+use crate::{
+    model_deployment::{DeviceChoice, Redundancy, Weights},
+    model_profile::{Basis, LayerShares},
+};
 
 /// What to place: everything the scheduler needs, resolved.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -63,6 +66,20 @@ pub struct ExpertPlacementSpec {
     /// Cache bytes to reserve for the runner.
     #[serde(default)]
     pub kv_budget_bytes: Bytes,
+    /// How usual traffic asks for the model's experts; absent = not known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 256),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["layer"])
+    )]
+    pub expert_loads: Vec<LayerShares>,
+    /// How fast devices compute the model, by product; a product that is absent counts as the others do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["product"])
+    )]
+    pub speeds: Vec<ProductSpeed>,
     /// The weights.
     pub weights: Weights,
     /// Devices that may be used.
@@ -81,6 +98,19 @@ pub struct ExpertPlacementSpec {
     /// No re-plans while true.
     #[serde(default)]
     pub paused: bool,
+}
+
+/// How fast one device of a product computes the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ProductSpeed {
+    /// Product, as agents report it, or a word of that, such as `h200` of `NVIDIA H200`.
+    #[schemars(length(min = 1, max = 128))]
+    pub product: String,
+    /// Output tokens per second of one device's share of an instance.
+    pub tokens_per_second: TokensPerSecond,
+    /// How the figure was found.
+    pub basis: Basis,
 }
 
 /// What the scheduler decided and how far it is.
@@ -108,7 +138,8 @@ pub struct ExpertPlacementStatus {
     /// Experts (layer, expert) that have no live replica now.
     #[serde(default)]
     pub experts_lost: u64,
-    /// Mean over layers of mean ÷ max device load on the last known loads; absent = no load seen.
+    /// Mean over layers of mean ÷ max device load, each device's load divided by its speed: as runners measured it in their
+    /// last windows on the serving revision, else as their last loads would lie on it. Absent = no load seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balancedness: Option<f64>,
     /// Bytes that the last revision made devices load.
@@ -120,10 +151,99 @@ pub struct ExpertPlacementStatus {
     /// Why the last revision was made, in one sentence.
     #[serde(default)]
     pub why: String,
+    /// How good the assigned revision was by the loads it was planned for, and what keeps it from being better; absent =
+    /// its moves go on, or an earlier version planned it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<PlanCertificate>,
+    /// What was decided last, the newest first: every change with its reason, and the latest look that changed nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub decisions: Vec<PlanDecision>,
     /// Placed, WeightsLoaded, Serving, Ready, Reconciling, Stalled.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
+}
+
+/// How good a revision is. Times are load ÷ speed of the slowest device over the ideal, which is total load ÷ total speed:
+/// 1 is perfect. Means over layers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanCertificate {
+    /// The revision.
+    pub revision: u64,
+    /// Slowest device.
+    pub makespan: f64,
+    /// The least that any layout on these devices reaches.
+    pub bound: f64,
+    /// Makespan ÷ bound − 1.
+    pub gap: f64,
+    /// What limits the slowest layer, in one sentence; empty = nothing: no load was known, or it is at the ideal.
+    #[serde(default)]
+    #[schemars(length(max = 1024))]
+    pub limit: String,
+    /// Which loads it was planned for, in words.
+    #[serde(default)]
+    #[schemars(length(max = 256))]
+    pub loads: String,
+    /// Which speeds of devices it was planned for, in words.
+    #[serde(default)]
+    #[schemars(length(max = 256))]
+    pub speeds: String,
+    /// How replicas of an expert share its tokens: evenly, or by weight where the runner declares that it can.
+    #[serde(default)]
+    #[schemars(length(max = 16))]
+    pub sharing: String,
+    /// Largest failure domain whose loss leaves every expert with a replica: nothing, device, node, rack.
+    #[serde(default)]
+    #[schemars(length(max = 16))]
+    pub survives: String,
+}
+
+/// What became of a decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum DecisionOutcome {
+    /// A revision was made.
+    Moved,
+    /// The balance was looked at, and nothing moves.
+    Kept,
+    /// A revision was due, and none could be made.
+    Refused,
+}
+
+/// One decision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanDecision {
+    /// When.
+    pub time: Time,
+    /// What became of it.
+    pub outcome: DecisionOutcome,
+    /// What made it due: first, repair, around, spec, drain, return, wave, rebalance.
+    #[schemars(length(max = 32))]
+    pub cause: String,
+    /// Revision before; 0 = none.
+    pub from_revision: u64,
+    /// Revision after; the same = nothing changed.
+    pub revision: u64,
+    /// Balancedness that was expected of the revision before; absent = no load was known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balancedness_before: Option<f64>,
+    /// Balancedness that is expected of the revision after.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balancedness_after: Option<f64>,
+    /// Replicas that devices load.
+    #[serde(default)]
+    pub moved_replicas: u64,
+    /// Bytes of those replicas.
+    #[serde(default)]
+    pub moved_bytes: Bytes,
+    /// Seconds until the gain has paid for the moves; absent = they are not made for balance alone, or there is no gain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pays_back_seconds: Option<f64>,
+    /// The reason, in one sentence.
+    #[schemars(length(max = 1024))]
+    pub why: String,
 }
 
 /// Which revision is wanted and which devices hold it.

@@ -12,6 +12,7 @@ pub mod expert_placement;
 mod geometry_rules;
 pub mod model_deployment;
 pub mod model_profile;
+mod packed;
 pub mod placement_map;
 pub mod presets;
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use berth_types::{Bytes, Geometry, TokensPerSecond, Vendor, WeightFormat};
+use berth_types::{Bytes, Geometry, LayerId, TokensPerSecond, Vendor, WeightFormat};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -58,10 +58,54 @@ pub struct ModelProfileSpec {
         extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["product", "devices"])
     )]
     pub throughput: Vec<Throughput>,
+    /// How usual traffic asks for the model's experts: where a new instance starts from, until it has seen load or another
+    /// instance of the model has. Absent = every expert alike.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 256),
+        extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["layer"])
+    )]
+    pub expert_loads: Vec<LayerShares>,
     /// Where the figures come from: public files, papers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 1024)))]
     pub sources: Vec<String>,
+}
+
+/// How the experts of one layer are asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LayerShares {
+    /// The layer, counted as the model counts them.
+    #[schemars(range(min = 0, max = 65_535))]
+    pub layer: u32,
+    /// A share for each expert beside the layer's others, in any unit, as base64 without padding of little-endian 16-bit
+    /// numbers.
+    #[serde(with = "crate::packed")]
+    #[schemars(with = "String", length(min = 2, max = 16_384), regex(pattern = "^[A-Za-z0-9+/]*$"))]
+    pub shares: Vec<u16>,
+}
+
+impl ModelProfileSpec {
+    /// Whether `expertLoads` speaks of the model's own experts.
+    ///
+    /// # Errors
+    /// A sentence that names the layer and what it should have.
+    pub fn validate_expert_loads(&self) -> Result<(), String> {
+        let layers: Vec<LayerId> = self.geometry.expert_layer_ids().collect();
+        let experts = usize::try_from(self.geometry.experts).unwrap_or(usize::MAX);
+        for LayerShares { layer, shares } in &self.expert_loads {
+            if !layers.contains(&LayerId(*layer)) {
+                let (first, last) =
+                    (layers.first().copied().unwrap_or_default(), layers.last().copied().unwrap_or_default());
+                return Err(format!("expertLoads of layer {layer}: experts are in layers {first} to {last}"));
+            }
+            if shares.len() != experts {
+                return Err(format!("expertLoads of layer {layer}: {} shares for {experts} experts", shares.len()));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// How fast one instance is on one product.

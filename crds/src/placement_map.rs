@@ -29,6 +29,8 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("self == oldSelf").message("a PlacementMap cannot change: write the next revision"),
     validation = Rule::new("self.layers.all(layer, size(layer.experts) == size(self.layers[0].experts))")
         .message("every layer must have as many slots as the first"),
+    validation = Rule::new("self.layers.all(layer, !has(layer.weights) || size(layer.weights) == size(layer.experts))")
+        .message("a layer with weights must have one for every slot"),
     validation = Rule::new("size(self.layers[0].experts) == (self.devices.map(device, device.slots).sum() * 8 + 2) / 3")
         .message("every layer must have as many entries as the devices have slots per layer together")
 )]
@@ -72,6 +74,11 @@ pub struct MapLayer {
     #[serde(with = "packed")]
     #[schemars(with = "String", length(max = 174_760), regex(pattern = "^[A-Za-z0-9+/]*$"))]
     pub experts: Vec<Option<ExpertId>>,
+    /// What part of its expert's tokens each slot takes, packed likewise: the parts of an expert sum to 65535, an empty slot
+    /// has 0. Absent = replicas of an expert share its tokens evenly.
+    #[serde(default, with = "crate::packed::optional", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>", length(max = 174_760), regex(pattern = "^[A-Za-z0-9+/]*$"))]
+    pub weights: Option<Vec<u16>>,
 }
 
 /// Slots as they stand in the object.
@@ -117,8 +124,9 @@ mod tests {
     proptest! {
         #[test]
         fn any_slots_survive_the_object(slots in proptest::collection::vec(proptest::option::of(0u32..65_535), 0..64)) {
-            let experts = slots.into_iter().map(|slot| slot.map(ExpertId)).collect();
-            let layer = MapLayer { layer: 3, experts };
+            let experts: Vec<_> = slots.into_iter().map(|slot| slot.map(ExpertId)).collect();
+            let weights = Some((0..experts.len()).map(|slot| u16::try_from(slot * 77).unwrap()).collect());
+            let layer = MapLayer { layer: 3, experts, weights };
             let text = serde_json::to_string(&layer).unwrap();
             prop_assert_eq!(serde_json::from_str::<MapLayer>(&text).unwrap(), layer);
         }
@@ -126,12 +134,13 @@ mod tests {
         #[test]
         fn any_text_reads_or_fails_cleanly(text in ".{0,40}") {
             let _ = serde_json::from_value::<MapLayer>(json!({"layer": 1, "experts": text}));
+            let _ = serde_json::from_value::<MapLayer>(json!({"layer": 1, "experts": "AAA", "weights": text}));
         }
     }
 
     #[test]
     fn an_expert_beyond_the_format_is_refused() {
-        let layer = MapLayer { layer: 1, experts: vec![Some(ExpertId(65_535))] };
+        let layer = MapLayer { layer: 1, experts: vec![Some(ExpertId(65_535))], weights: None };
         assert!(serde_json::to_string(&layer).unwrap_err().to_string().contains("65535"));
         assert!(serde_json::from_value::<MapLayer>(json!({"layer": 1, "experts": "AA"})).is_err());
     }

@@ -122,6 +122,7 @@ fn profile(model: Model) -> Result<ModelProfile, PresetError> {
         kv_fixed_bytes_per_sequence: Bytes(model.kv_fixed_bytes_per_sequence),
         context: model.context,
         throughput: Vec::new(),
+        expert_loads: Vec::new(),
         sources,
     };
     Ok(ModelProfile::new(&model.id, spec))

@@ -268,6 +268,7 @@ pub(crate) mod tests {
             kv_fixed_bytes_per_sequence: Bytes::ZERO,
             context: 512,
             throughput: Vec::new(),
+            expert_loads: Vec::new(),
             sources: Vec::new(),
         }
     }

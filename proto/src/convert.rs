@@ -71,6 +71,41 @@ pub fn slots_from_wire(layers: &[v1::LayerSlots]) -> Result<Slots, WireError> {
     Ok(slots)
 }
 
+/// Weights of a device's slots by layer, each of 65535 for the replicas of its expert together.
+pub type SlotWeights = BTreeMap<LayerId, Vec<u16>>;
+
+/// Weights as they travel.
+#[must_use]
+pub fn weights_to_wire(weights: &SlotWeights) -> Vec<v1::LayerWeights> {
+    let layer = |(layer, weights): (&LayerId, &Vec<u16>)| v1::LayerWeights {
+        layer: layer.0,
+        weights: weights.iter().map(|weight| u32::from(*weight)).collect(),
+    };
+    weights.iter().map(layer).collect()
+}
+
+/// Weights as they arrived, for the slots that came with them.
+///
+/// # Errors
+/// When a layer comes twice or has no slots, a weight is above 65535, or there are not as many as slots.
+pub fn weights_from_wire(wire: &[v1::LayerWeights], slots: &Slots) -> Result<SlotWeights, WireError> {
+    let mut weights = SlotWeights::new();
+    for entry in wire {
+        let held = slots.get(&LayerId(entry.layer)).map_or(0, Vec::len);
+        if entry.weights.len() != held {
+            let count = entry.weights.len().to_string();
+            return Err(WireError::new("weights.weights", &count, "as many weights as the layer has slots"));
+        }
+        let checked = entry.weights.iter().map(|weight| {
+            u16::try_from(*weight).map_err(|_| WireError::new("weights.weights", &weight.to_string(), "at most 65535"))
+        });
+        if weights.insert(LayerId(entry.layer), checked.collect::<Result<_, _>>()?).is_some() {
+            return Err(WireError::new("weights.layer", &entry.layer.to_string(), "each layer once"));
+        }
+    }
+    Ok(weights)
+}
+
 /// A shelf, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shelf {
@@ -281,6 +316,26 @@ mod tests {
         assert_eq!(broken(|shelf| shelf.weights = None), "weights");
         assert_eq!(broken(|shelf| shelf.layers.push(shelf.layers[0].clone())), "layers.layer");
         assert_eq!(broken(|shelf| shelf.layers[0].experts[0] = 70_000), "layers.experts");
+    }
+
+    #[test]
+    fn weights_survive_the_wire_and_damaged_ones_are_refused() {
+        let slots = shelf().slots;
+        let weights: SlotWeights = [(LayerId(1), vec![65_535, 0])].into();
+        let wire = weights_to_wire(&weights);
+        assert_eq!(weights_from_wire(&wire, &slots), Ok(weights));
+        assert_eq!(
+            weights_from_wire(&[wire.clone(), wire.clone()].concat(), &slots).unwrap_err().field,
+            "weights.layer"
+        );
+        let broken = |change: fn(&mut v1::LayerWeights)| {
+            let mut wire = wire.clone();
+            change(&mut wire[0]);
+            weights_from_wire(&wire, &slots).unwrap_err().field
+        };
+        assert_eq!(broken(|layer| layer.weights.push(1)), "weights.weights");
+        assert_eq!(broken(|layer| layer.weights[0] = 70_000), "weights.weights");
+        assert_eq!(broken(|layer| layer.layer = 2), "weights.weights");
     }
 
     #[test]

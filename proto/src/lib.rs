@@ -22,6 +22,8 @@ pub use convert::WireError;
 
 /// The protocol version that this build speaks; a peer with a higher one keeps to ours.
 pub const PROTO: u32 = 1;
+/// Feature in a runner's Hello: it divides an expert's tokens by the weights that routes carry.
+pub const FEATURE_WEIGHTS: &str = "weights";
 /// Largest message of the expert data plane and of control messages with whole placements, in bytes.
 /// gRPC's own limit of 4 MiB is below one prefill chunk of activations.
 pub const MESSAGE_LIMIT: usize = 256 << 20;

@@ -5,7 +5,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use berth_proto::{
-    MESSAGE_LIMIT, PROTO, convert,
+    FEATURE_WEIGHTS, MESSAGE_LIMIT, PROTO, convert,
     v1::{
         self, Beat, Hello, RevisionsInUse, RunnerHello, RunnerMessage, RunnerOrder, control_client::ControlClient,
         runner_message::Message, runner_order::Order,
@@ -51,6 +51,7 @@ impl FindScheduler for SocketAddr {
 /// Closes a load window every `window` until `stop`, stream or no stream, and tells its number.
 pub(crate) async fn count(
     load: Arc<LoadCounter>,
+    experts: Experts,
     clock: Clock,
     window: Duration,
     closed: watch::Sender<u64>,
@@ -62,7 +63,7 @@ pub(crate) async fn count(
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
             () = clock.sleep_until(next) => {
-                closed.send_replace(load.close().window);
+                closed.send_replace(load.close(window, |revision| experts.close_window(revision)).window);
                 next += window;
             }
         }
@@ -158,7 +159,8 @@ impl Control {
 
     /// What a scheduler that knows nothing must hear first.
     fn introduce(&self, outgoing: &mpsc::Sender<RunnerMessage>) -> Result<(), String> {
-        let hello = Hello { build: env!("CARGO_PKG_VERSION").to_owned(), proto: PROTO, features: Vec::new() };
+        let features = vec![FEATURE_WEIGHTS.to_owned()];
+        let hello = Hello { build: env!("CARGO_PKG_VERSION").to_owned(), proto: PROTO, features };
         let hello = RunnerHello { hello: Some(hello), placement: self.placement.clone(), runner: self.runner.clone() };
         send(outgoing, Message::Hello(hello))?;
         send(outgoing, in_use(*self.experts.in_use().borrow()))?;

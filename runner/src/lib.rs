@@ -14,6 +14,7 @@ pub mod model;
 mod num;
 pub mod routes;
 mod serve;
+pub mod served;
 mod step;
 
 use std::{
@@ -159,7 +160,8 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), RunnerEr
     part.tasks.keep("linger", wait(clock.clone(), linger, stopping, closing.clone()));
     part.tasks.keep("drain", finish(engine.clone(), clock.clone(), drain, closing, drained.clone()));
     let (windows, closed) = tokio::sync::watch::channel(0);
-    part.tasks.keep("load", control::count(engine.load(), clock.clone(), window, windows, drained.clone()));
+    part.tasks
+        .keep("load", control::count(engine.load(), experts.clone(), clock.clone(), window, windows, drained.clone()));
     let control = Control {
         clock,
         scheduler,

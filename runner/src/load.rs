@@ -4,12 +4,16 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use berth_proto::v1;
 use berth_types::{LayerId, Revision};
 
-use crate::num::usize_of;
+use crate::{
+    num::{millis_of, usize_of},
+    served::{self, DeviceLoads},
+};
 
 /// Windows that are kept for resending.
 pub const WINDOWS_KEPT: usize = 16;
@@ -48,14 +52,17 @@ impl LoadCounter {
         }
     }
 
-    /// Closes the open window and returns it. A window without tokens is given too: no traffic is news.
-    pub fn close(&self) -> v1::LoadWindow {
+    /// Closes the open window, which was `length` long, and returns it; `devices` tells what devices answered of a revision meanwhile. A window
+    /// without tokens is given too: no traffic is news.
+    pub fn close(&self, length: Duration, devices: impl FnOnce(Revision) -> DeviceLoads) -> v1::LoadWindow {
         let mut state = self.state();
         let layers = std::mem::take(&mut state.open);
         let window = v1::LoadWindow {
             window: state.next,
             revision: state.revision.0,
             layers: layers.into_iter().map(|(layer, tokens)| v1::LayerLoad { layer: layer.0, tokens }).collect(),
+            devices: served::to_wire(devices(state.revision)),
+            length_ms: millis_of(length),
         };
         state.next = state.next.saturating_add(1);
         state.closed.push_back(window.clone());
@@ -80,21 +87,23 @@ impl LoadCounter {
 mod tests {
     use super::*;
 
+    const LENGTH: Duration = Duration::from_secs(10);
+
     #[test]
     fn a_window_holds_what_was_counted_since_the_last() {
         let counter = LoadCounter::new(4);
         counter.count(Revision(3), LayerId(1), &[0, 2, 2, 9]);
-        let window = counter.close();
+        let window = counter.close(LENGTH, |_| DeviceLoads::new());
         assert_eq!((window.window, window.revision), (1, 3));
         assert_eq!(window.layers, [v1::LayerLoad { layer: 1, tokens: vec![1, 0, 2, 0] }]);
-        assert!(counter.close().layers.is_empty());
+        assert!(counter.close(LENGTH, |_| DeviceLoads::new()).layers.is_empty());
     }
 
     #[test]
     fn only_the_last_windows_are_kept_in_order() {
         let counter = LoadCounter::new(1);
         for _ in 0..20 {
-            counter.close();
+            counter.close(LENGTH, |_| DeviceLoads::new());
         }
         let kept: Vec<u64> = counter.kept().iter().map(|window| window.window).collect();
         assert_eq!(kept, (5..=20).collect::<Vec<_>>());

@@ -2,7 +2,7 @@
 //!
 //! Pure. A revision is swapped between two steps, never within a table: what changes is which table a call looks at.
 //! Among an expert's usable replicas the choice depends on the token's spread alone, so that replicas share tokens
-//! evenly and a sequence meets the same replicas whatever batch it is in.
+//! evenly, or by their weights, and a sequence meets the same replicas whatever batch it is in.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,6 +33,8 @@ pub struct RouteDevice {
     pub endpoint: String,
     /// Experts by layer and slot.
     pub slots: convert::Slots,
+    /// What part of its expert's tokens each slot takes; empty = replicas of an expert share them evenly.
+    pub weights: convert::SlotWeights,
 }
 
 impl TryFrom<&v1::Routes> for RouteTable {
@@ -46,10 +48,12 @@ impl TryFrom<&v1::Routes> for RouteTable {
             return Err(WireError::new("revision", "0", "a revision from 1"));
         }
         let device = |wire: &v1::RouteDevice| {
+            let slots = convert::slots_from_wire(&wire.layers)?;
             Ok(RouteDevice {
                 device: convert::device(&wire.device)?,
                 endpoint: wire.endpoint.clone(),
-                slots: convert::slots_from_wire(&wire.layers)?,
+                weights: convert::weights_from_wire(&wire.weights, &slots)?,
+                slots,
             })
         };
         let devices: Vec<RouteDevice> = wire.devices.iter().map(device).collect::<Result<_, WireError>>()?;
@@ -74,8 +78,19 @@ pub(crate) struct Routes {
     pub(crate) revision: Revision,
     /// In the order of their ids.
     devices: Vec<Place>,
-    /// By layer and expert: indices into `devices`, rising.
-    replicas: BTreeMap<LayerId, Vec<Vec<usize>>>,
+    /// By layer and expert, in the order of devices.
+    replicas: BTreeMap<LayerId, Vec<Vec<Replica>>>,
+    /// Replicas take their weights; else they share evenly.
+    weighted: bool,
+}
+
+/// One replica of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Replica {
+    /// Index into the devices.
+    at: usize,
+    /// Its part of the expert's tokens, beside the other replicas.
+    weight: u64,
 }
 
 /// A device and the way to its worker.
@@ -89,23 +104,30 @@ impl Routes {
     pub(crate) fn new(table: RouteTable) -> Self {
         let RouteTable { placement_uid, epoch, revision, mut devices } = table;
         devices.sort_by(|a, b| a.device.cmp(&b.device));
-        let mut replicas: BTreeMap<LayerId, Vec<Vec<usize>>> = BTreeMap::new();
+        let mut replicas: BTreeMap<LayerId, Vec<Vec<Replica>>> = BTreeMap::new();
+        let weighted = devices.iter().any(|device| !device.weights.is_empty());
         for (index, device) in devices.iter().enumerate() {
             for (layer, slots) in &device.slots {
                 let experts = replicas.entry(*layer).or_default();
-                for expert in slots.iter().flatten() {
-                    let expert = usize_of(expert.0);
+                let weights = device.weights.get(layer);
+                for (slot, expert) in slots.iter().enumerate() {
+                    let Some(expert) = expert.map(|expert| usize_of(expert.0)) else { continue };
                     if experts.len() <= expert {
                         experts.resize_with(expert + 1, Vec::new);
                     }
-                    if experts[expert].last() != Some(&index) {
-                        experts[expert].push(index);
+                    let weight = weights.and_then(|weights| weights.get(slot)).copied();
+                    let weight = weight.map_or(u64::from(!weighted), u64::from);
+                    match experts[expert].last_mut().filter(|last| last.at == index) {
+                        // Twice on a device: one place to send to, and no larger part where replicas share evenly.
+                        Some(last) if weighted => last.weight += weight,
+                        Some(_) => {}
+                        None => experts[expert].push(Replica { at: index, weight }),
                     }
                 }
             }
         }
         let devices = devices.into_iter().map(|device| Place { device: device.device, endpoint: device.endpoint });
-        Self { placement_uid, epoch, revision, devices: devices.collect(), replicas }
+        Self { placement_uid, epoch, revision, devices: devices.collect(), replicas, weighted }
     }
 
     /// The device with this index.
@@ -118,7 +140,8 @@ impl Routes {
         &self.devices
     }
 
-    /// Index of the replica of `expert` that a token with `spread` goes to, among those that are `usable`.
+    /// Index of the device whose replica of `expert` a token with `spread` goes to, among those that are `usable`: of all
+    /// spreads, each replica gets its part of the weights, and evenly many where no usable one has any.
     pub(crate) fn choose(
         &self,
         layer: LayerId,
@@ -127,14 +150,34 @@ impl Routes {
         usable: impl Fn(&Place) -> bool,
     ) -> Option<usize> {
         let replicas = self.replicas.get(&layer)?.get(usize_of(expert.0))?;
-        let live = || replicas.iter().copied().filter(|index| usable(&self.devices[*index]));
-        live().nth(index_of(spread, live().count()))
+        let live = || replicas.iter().filter(|replica| usable(&self.devices[replica.at]));
+        let whole: u64 = live().map(|replica| replica.weight).sum();
+        if whole == 0 {
+            return live().nth(index_of(spread, live().count())).map(|replica| replica.at);
+        }
+        let mut point = if self.weighted { scatter(spread, whole) } else { spread % whole };
+        let taken = |replica: &&Replica| match point.checked_sub(replica.weight) {
+            None => true,
+            Some(rest) => {
+                point = rest;
+                false
+            }
+        };
+        live().find(taken).map(|replica| replica.at)
     }
 
     /// Whether this may replace `old`: never an older epoch or revision of the same placement.
     pub(crate) fn may_replace(&self, old: &Self) -> bool {
         self.placement_uid != old.placement_uid || (self.epoch >= old.epoch && self.revision >= old.revision)
     }
+}
+
+/// A point below `whole` for `spread`. Neighbouring positions of a sequence have neighbouring spreads: multiples of the golden
+/// ratio lay any run of them evenly over the whole, which their remainders would not.
+fn scatter(spread: u64, whole: u64) -> u64 {
+    const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+    let scaled = u128::from(spread.wrapping_mul(GOLDEN)) * u128::from(whole);
+    u64::try_from(scaled >> 64).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -147,6 +190,7 @@ pub(crate) mod tests {
             device: device.parse().unwrap(),
             endpoint: (*endpoint).to_owned(),
             slots: [(LayerId(1), experts.iter().map(|expert| Some(ExpertId(*expert))).collect())].into(),
+            weights: convert::SlotWeights::new(),
         };
         RouteTable {
             placement_uid: "6c1f".to_owned(),
@@ -174,6 +218,28 @@ pub(crate) mod tests {
         };
         assert_eq!([share("a/0", ""), share("b/0", ""), share("c/0", "")], [20, 20, 20]);
         assert_eq!([share("a/0", "b/0"), share("b/0", "b/0"), share("c/0", "b/0")], [30, 0, 30]);
+    }
+
+    #[test]
+    fn replicas_take_their_part_of_the_tokens_and_those_without_any_help_only_where_nobody_else_can() {
+        let mut table = table(1, &[("a/0", "", &[0]), ("b/0", "", &[0]), ("c/0", "", &[0, 1])]);
+        for (device, weights) in table.devices.iter_mut().zip([vec![40_000], vec![25_535], vec![0, 65_535]]) {
+            device.weights = [(LayerId(1), weights)].into();
+        }
+        let routes = Routes::new(table);
+        // Any run of neighbouring spreads, as the positions of one sequence have, is divided by weight.
+        for first in [0, 7_000_000_019] {
+            let share = |device: &str, gone: &str| {
+                (first..first + 200)
+                    .filter(|spread| chosen(&routes, 0, *spread, gone).as_deref() == Some(device))
+                    .count()
+            };
+            assert!((120..=124).contains(&share("a/0", "")), "{} of 200", share("a/0", ""));
+            assert_eq!(share("a/0", "") + share("b/0", ""), 200, "c/0 has no weight");
+            assert_eq!([share("a/0", "b/0"), share("c/0", "b/0")], [200, 0]);
+        }
+        let only = |place: &Place| place.device.as_str() == "c/0";
+        assert_eq!(routes.choose(LayerId(1), ExpertId(0), 7, only), Some(2));
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::{
     engine::{Engine, Event, Finished, Reason, Request as Wanted},
     experts::Experts,
     num::i64_of,
+    served,
 };
 
 /// The service.
@@ -107,6 +108,7 @@ impl Serve for Door {
             gone: experts.gone.iter().map(ToString::to_string).collect(),
             revision_since_unix_ms: i64_of(experts.revision_since_unix_ms),
             rerouted_unix_ms: i64_of(experts.rerouted_unix_ms),
+            devices: served::to_wire(self.experts.served()),
         }))
     }
 }

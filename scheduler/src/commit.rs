@@ -8,7 +8,7 @@ use berth_crds::{
     AcceleratorNode, ExpertPlacement, ExpertPlacementStatus, PlacementMap, PlacementMapSpec,
     expert_placement::Assignment, managers,
 };
-use berth_planner::{Checked, Layout, Plan};
+use berth_planner::{Checked, Layout, Plan, Weights};
 use berth_runtime::{Clock, lease::Deposed};
 use berth_types::{Epoch, PlacementName, Revision};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -138,6 +138,8 @@ pub struct Receipt {
     pub revision: Revision,
     /// Its layout.
     pub layout: Arc<Layout>,
+    /// What part of its expert's tokens each slot takes; `None` = replicas share evenly.
+    pub weights: Option<Arc<Weights>>,
     /// Digest of its map.
     pub digest: String,
     /// The status as written.
@@ -172,7 +174,8 @@ impl Writer {
         let epoch = self.fence.check()?;
         let (name, revision) = (plan.decision().name.clone(), plan.decision().revision);
         let layout = plan.first().cloned().ok_or_else(|| CommitError::Empty(name.clone()))?;
-        let map = map(&name, revision, epoch, &layout);
+        let weights = plan.weights().cloned();
+        let map = map(&name, revision, epoch, &layout, weights.as_ref());
         let digest = digest(&name, &map.spec)?;
         self.store.create(&uid, &map).await?;
         self.fence.check()?;
@@ -181,7 +184,7 @@ impl Writer {
         self.door.placement(&name, &uid, &status).await?;
         let deleted = self.delete(&name, &uid, revision, spare).await;
         let rest = plan.committed().rest();
-        Ok(Receipt { revision, layout: layout.into(), digest, status, deleted, rest })
+        Ok(Receipt { revision, layout: layout.into(), weights: weights.map(Into::into), digest, status, deleted, rest })
     }
 
     /// Deletes maps older than the previous two; one that cannot be deleted now is tried with the next plan.
@@ -239,8 +242,14 @@ impl Writer {
 
 /// The map of a revision.
 #[must_use]
-pub fn map(name: &PlacementName, revision: Revision, epoch: Epoch, layout: &Layout) -> PlacementMap {
-    let (devices, layers) = to_map(layout);
+pub fn map(
+    name: &PlacementName,
+    revision: Revision,
+    epoch: Epoch,
+    layout: &Layout,
+    weights: Option<&Weights>,
+) -> PlacementMap {
+    let (devices, layers) = to_map(layout, weights);
     let placement = name.name().to_owned();
     store::object(name, PlacementMapSpec { placement, revision: revision.0, epoch: epoch.0, devices, layers })
 }

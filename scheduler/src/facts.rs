@@ -1,13 +1,18 @@
 //! What comes in: every fact that the ring takes, whoever says it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use berth_crds::{AcceleratorNode, ExpertPlacement};
-use berth_types::{DeviceId, LayerId, PlacementName, Revision};
+use berth_planner::{Plan, Proposed};
+use berth_types::{DeviceId, PlacementName, Revision};
 
 use crate::{
     commit::{CommitError, Receipt},
-    index::{Health, Worker},
+    drafting::Drafted,
+    index::{Health, LoadWindow, Stamp, Ticket, Worker},
     orders::{AgentLine, RunnerLine},
 };
 
@@ -38,6 +43,8 @@ pub enum Fact {
         conn: u64,
         /// Its placement.
         placement: PlacementName,
+        /// It divides tokens by weights.
+        weighs: bool,
         /// Where its orders go.
         line: RunnerLine,
     },
@@ -65,6 +72,15 @@ pub enum Fact {
     NodeGone(String),
     /// All nodes were listed; there are no others.
     NodesListed(BTreeSet<String>),
+    /// A plan was made, or could not be.
+    Planned {
+        /// The placement.
+        name: PlacementName,
+        /// Its uid when the plan was begun.
+        uid: String,
+        /// What came of it.
+        made: Box<Made>,
+    },
     /// A commit ended.
     Committed {
         /// The placement.
@@ -92,6 +108,23 @@ pub enum Fact {
     },
 }
 
+/// What came of a plan that was begun.
+#[derive(Debug)]
+pub struct Made {
+    /// Which plan.
+    pub ticket: Ticket,
+    /// What it depends on.
+    pub stamp: Stamp,
+    /// When it was begun, since 1970.
+    pub began: Duration,
+    /// How long it took.
+    pub took: Duration,
+    /// What was drafted.
+    pub drafted: Drafted,
+    /// The waves that it was to go on with.
+    pub left: Option<Plan<Proposed>>,
+}
+
 /// What an agent says.
 #[derive(Debug)]
 pub enum AgentSaid {
@@ -113,13 +146,8 @@ pub enum RunnerSaid {
         /// The one it starts steps on.
         current: Revision,
     },
-    /// Tokens by layer and expert.
-    Load {
-        /// Number of the window.
-        window: u64,
-        /// The tokens.
-        layers: BTreeMap<LayerId, Vec<u64>>,
-    },
+    /// A load window.
+    Load(LoadWindow),
     /// It is there.
     Beat,
 }

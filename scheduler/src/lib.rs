@@ -1,9 +1,11 @@
 //! Keeps expert placements true: hears agents and runners, plans when it must, stores what was decided and
 //! tells everybody. Wiring only; the README names the files in the order in which data walks them.
 
+pub mod balance;
 pub mod commit;
 pub mod cutover;
 pub mod decisions;
+pub mod drafting;
 pub mod facts;
 pub mod index;
 pub mod metrics;
@@ -12,12 +14,14 @@ pub mod replan;
 pub mod reports;
 pub mod ring;
 pub mod snapshot;
+pub mod speeds;
 pub mod status;
 pub mod store;
 pub mod term;
 #[cfg(test)]
 mod tests;
 mod watches;
+pub mod weighing;
 
 use std::{net::SocketAddr, time::Duration};
 

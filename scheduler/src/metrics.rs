@@ -18,6 +18,7 @@ type Label = Vec<(&'static str, &'static str)>;
 /// All of them.
 pub const METRICS: &[Described] = &[
     PLANS,
+    KEPT,
     REFUSED,
     COMMIT,
     SOLVE,
@@ -45,6 +46,11 @@ pub const METRICS: &[Described] = &[
 const OF: &[&str] = &["namespace", "placement"];
 
 const PLANS: Described = Described::counter("plans", &["cause"], "Plans stored, by cause");
+const KEPT: Described = Described::counter(
+    "balance_kept",
+    &[],
+    "Looks at a placement's balance after which nothing moved: it would not pay",
+);
 const REFUSED: Described =
     Described::counter("plans_refused", &["by"], "Plans and statuses not stored, by what refused them");
 const COMMIT: Described = Described::histogram("commit_seconds", &[], "Time from plan to stored assignment");
@@ -94,6 +100,7 @@ const PLACED_BYTES: Described = Described::gauge("placement_bytes", OF, "Expert 
 #[derive(Clone, Debug, Default)]
 pub struct SchedulerMetrics {
     plans: Family<Label, Counter>,
+    kept: Counter,
     refused: Family<Label, Counter>,
     commit: Seconds,
     solve: Seconds,
@@ -129,6 +136,7 @@ impl SchedulerMetrics {
         }
         metrics.register(|registry| {
             PLANS.add(registry, own.plans.clone());
+            KEPT.add(registry, own.kept.clone());
             REFUSED.add(registry, own.refused.clone());
             COMMIT.add(registry, own.commit.clone());
             SOLVE.add(registry, own.solve.clone());
@@ -160,6 +168,11 @@ impl SchedulerMetrics {
     /// A plan was made.
     pub fn solved(&self, took: Duration) {
         self.solve.observe(&[], took);
+    }
+
+    /// A look at the balance moved nothing.
+    pub fn kept(&self) {
+        self.kept.inc();
     }
 
     /// A plan was not stored.

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use berth_planner::Standing;
+use berth_planner::{Layout, Standing, Weights};
 use berth_proto::{PROTO, convert, v1};
 use berth_types::{DeviceId, Epoch, PlacementName, Revision};
 use tokio::sync::mpsc;
@@ -62,15 +62,19 @@ pub fn desired(index: &Index, node: &str) -> Option<Vec<v1::DeviceShelves>> {
     Some(devices.into_iter().map(entry).collect())
 }
 
-/// The routes of the revision that `placement` serves: devices with a live replica.
+/// The routes of the revision that `placement` serves: devices with a live replica. With the revision's weights for a
+/// runner that `weighs`.
 #[must_use]
-pub fn routes(index: &Index, now: Duration, epoch: Epoch, placement: &Placement) -> Option<v1::Routes> {
+pub fn routes(index: &Index, now: Duration, epoch: Epoch, placement: &Placement, weighs: bool) -> Option<v1::Routes> {
     let revision = placement.cutover.serving();
     let layout = placement.layout(revision)?;
+    let weights = placement.weights(revision).filter(|_| weighs);
     let route = |device: &DeviceId| {
         let worker = index.live(now, &placement.uid, revision, device)?;
         let layers = convert::slots_to_wire(&layout.slots_of(device));
-        Some(v1::RouteDevice { device: device.to_string(), endpoint: worker.endpoint.clone(), layers })
+        let weights = weights.map(|weights| convert::weights_to_wire(&weights_of(layout, weights, device)));
+        let (device, endpoint, weights) = (device.to_string(), worker.endpoint.clone(), weights.unwrap_or_default());
+        Some(v1::RouteDevice { device, endpoint, layers, weights })
     };
     let used = layout.devices.iter().filter(|entry| entry.slots > 0);
     Some(v1::Routes {
@@ -80,6 +84,13 @@ pub fn routes(index: &Index, now: Duration, epoch: Epoch, placement: &Placement)
         devices: used.filter_map(|entry| route(&entry.device)).collect(),
         traceparent: placement.traceparent.clone(),
     })
+}
+
+/// The weights of a device's slots.
+fn weights_of(layout: &Layout, weights: &Weights, device: &DeviceId) -> convert::SlotWeights {
+    let Some((_, range)) = layout.ranges().find(|(id, _)| *id == device) else { return convert::SlotWeights::new() };
+    let part = |row: &Vec<u16>| row.get(range.clone()).unwrap_or_default().to_vec();
+    weights.iter().map(|(layer, row)| (*layer, part(row))).collect()
 }
 
 /// Devices of `placement` whose replicas do not answer now: gone, or without a worker that has the shelf.
@@ -117,6 +128,8 @@ pub struct Post {
 #[derive(Debug)]
 struct RunnerPost {
     placement: PlacementName,
+    /// It divides tokens by weights.
+    weighs: bool,
     line: RunnerLine,
     routes: Option<v1::Routes>,
     gone: Option<v1::DevicesGone>,
@@ -145,9 +158,9 @@ impl Post {
     }
 
     /// A line to a runner of `placement`.
-    pub fn runner(&mut self, conn: u64, placement: &PlacementName, line: RunnerLine) {
-        self.runners
-            .insert(conn, RunnerPost { placement: placement.clone(), line, routes: None, gone: None, unsent: true });
+    pub fn runner(&mut self, conn: u64, placement: &PlacementName, weighs: bool, line: RunnerLine) {
+        let placement = placement.clone();
+        self.runners.insert(conn, RunnerPost { placement, weighs, line, routes: None, gone: None, unsent: true });
     }
 
     /// A stream ended.
@@ -180,7 +193,7 @@ impl Post {
         for post in self.runners.values_mut().filter(|post| post.unsent || touched.contains(&post.placement)) {
             let Some(placement) = index.placements().get(&post.placement) else { continue };
             post.unsent = false;
-            let Some(routes) = routes(index, now, self.epoch, placement) else { continue };
+            let Some(routes) = routes(index, now, self.epoch, placement, post.weighs) else { continue };
             if !post.routes.as_ref().is_none_or(|sent| adds(sent, &routes)) {
                 continue;
             }

@@ -2,13 +2,15 @@
 
 use std::{fmt, time::Duration};
 
-/// Least time between two plans for balance.
+/// Least time between two revisions for balance, however soon the first has paid back.
 pub const BALANCE_PAUSE: Duration = Duration::from_secs(60);
-/// Balance is left alone while the mean device is at this share of the slowest.
-pub const BALANCED: f64 = 0.85;
+/// Balance is left alone for so long after any other revision.
+pub const SETTLE: Duration = Duration::from_secs(10);
+/// Tokens a device, in a layer, below which a load window says too little: a device's load is known to 1 ÷ √ of them.
+pub const TOKENS_A_DEVICE: u64 = 100;
 
 /// Why a plan is due.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cause {
     /// Nothing is assigned.
     First,
@@ -49,18 +51,49 @@ impl Cause {
     }
 }
 
+/// Plans of one lane are made one after the other, the most important placement first, for one may take what the next
+/// then lacks; lanes go side by side. The first is the most urgent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Lane {
+    /// Something that served is gone.
+    Repair,
+    /// What is asked for has changed.
+    Place,
+    /// Nothing is wrong.
+    Balance,
+}
+
+impl Cause {
+    /// Where its plans are made.
+    #[must_use]
+    pub const fn lane(self) -> Lane {
+        match self {
+            Self::Repair | Self::Around => Lane::Repair,
+            Self::First | Self::Spec | Self::Drain | Self::Return | Self::Wave => Lane::Place,
+            Self::Rebalance => Lane::Balance,
+        }
+    }
+
+    /// What is made, and why.
+    #[must_use]
+    pub const fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Self::First => ("first placement", "nothing was assigned"),
+            Self::Repair => ("repair", "devices are gone"),
+            Self::Around => ("repair", "workers did not load in time"),
+            Self::Spec => ("re-plan", "the spec changed"),
+            Self::Drain => ("re-plan", "devices are being drained"),
+            Self::Return => ("re-plan", "devices came back"),
+            Self::Wave => ("next wave", "moves go on"),
+            Self::Rebalance => ("re-plan", "the load has drifted"),
+        }
+    }
+}
+
 impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::First => "first placement",
-            Self::Repair => "repair: devices are gone",
-            Self::Around => "workers did not load in time",
-            Self::Spec => "the spec changed",
-            Self::Drain => "devices are being drained",
-            Self::Return => "devices came back",
-            Self::Wave => "next wave of moves",
-            Self::Rebalance => "the load has drifted",
-        })
+        let (what, why) = self.words();
+        write!(f, "{what}: {why}")
     }
 }
 
@@ -93,18 +126,24 @@ pub struct Facts {
     pub short: bool,
     /// The last plan has further waves.
     pub waves: bool,
-    /// Mean ÷ max device load, where loads are known.
-    pub balancedness: Option<f64>,
-    /// When the last plan was made.
-    pub planned_at: Duration,
+    /// What a plan that is being made is for.
+    pub planning: Option<Cause>,
+    /// A load window came that says enough and was not looked at.
+    pub window: bool,
+    /// Nothing moves for balance before.
+    pub balance_at: Duration,
 }
 
-/// Whether a plan is due at `now`, and why.
+/// Whether a plan is due at `now`, and why. One that is being made is passed only by what is more urgent.
 #[must_use]
 pub fn decide(now: Duration, facts: &Facts) -> Option<Cause> {
     if facts.paused || facts.pending || !facts.adopted || now < facts.retry_at {
         return None;
     }
+    due(now, facts).filter(|cause| facts.planning.is_none_or(|made| cause.lane() < made.lane()))
+}
+
+fn due(now: Duration, facts: &Facts) -> Option<Cause> {
     let due = [
         (!facts.assigned, Cause::First),
         (facts.gone > 0, Cause::Repair),
@@ -122,9 +161,8 @@ pub fn decide(now: Duration, facts: &Facts) -> Option<Cause> {
     if facts.waves {
         return Some(Cause::Wave);
     }
-    let rested = now.saturating_sub(facts.planned_at) >= BALANCE_PAUSE;
-    let drifted = facts.balancedness.is_some_and(|balancedness| balancedness < BALANCED);
-    (facts.assigned && rested && drifted).then_some(Cause::Rebalance)
+    // Whether it pays is the planner's to say: every window that says enough is looked at.
+    (facts.assigned && facts.window && now >= facts.balance_at).then_some(Cause::Rebalance)
 }
 
 #[cfg(test)]
@@ -139,17 +177,31 @@ mod tests {
 
     #[test]
     fn a_repair_waits_for_nothing() {
-        let facts = Facts { gone: 1, changed: true, cutting: true, planned_at: NOW, ..quiet() };
+        let facts = Facts { gone: 1, changed: true, cutting: true, ..quiet() };
         assert_eq!(decide(NOW, &facts), Some(Cause::Repair));
     }
 
     #[test]
-    fn balance_waits_until_it_pays_back() {
-        let drifted = Facts { balancedness: Some(0.5), ..quiet() };
+    fn every_window_is_looked_at_once_the_last_moves_have_paid_back() {
+        let drifted = Facts { window: true, balance_at: NOW, ..quiet() };
         assert_eq!(decide(NOW, &drifted), Some(Cause::Rebalance));
-        assert_eq!(decide(NOW, &Facts { planned_at: NOW - Duration::from_secs(59), ..drifted.clone() }), None);
+        assert_eq!(decide(NOW - Duration::from_secs(1), &drifted), None);
         assert_eq!(decide(NOW, &Facts { cutting: true, ..drifted.clone() }), None);
-        assert_eq!(decide(NOW, &Facts { balancedness: Some(0.9), ..drifted }), None);
+        assert_eq!(decide(NOW, &Facts { window: false, ..drifted.clone() }), None);
+        assert_eq!(decide(NOW, &Facts { planning: Some(Cause::Rebalance), ..drifted }), None);
+    }
+
+    #[test]
+    fn a_plan_that_is_being_made_is_passed_by_what_is_more_urgent_only() {
+        let lost = Facts { gone: 1, changed: true, ..quiet() };
+        for (made, due) in [
+            (Cause::Rebalance, Some(Cause::Repair)),
+            (Cause::Drain, Some(Cause::Repair)),
+            (Cause::Repair, None),
+            (Cause::Around, None),
+        ] {
+            assert_eq!(decide(NOW, &Facts { planning: Some(made), ..lost.clone() }), due, "{made}");
+        }
     }
 
     #[test]

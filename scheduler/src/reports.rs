@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use berth_proto::{WireError, convert, v1};
+use berth_proto::{FEATURE_WEIGHTS, WireError, convert, v1};
 use berth_runtime::Clock;
 use berth_types::{Bytes, DeviceId, Epoch, LayerId, PlacementName, Revision};
 use futures::Stream;
@@ -21,8 +21,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    balance::DeviceLoads,
     facts::{AgentSaid, Fact, RunnerSaid},
-    index::{Health, Phase, Shelf, Worker},
+    index::{Health, LoadWindow, Phase, Shelf, Worker},
     metrics::SchedulerMetrics,
     orders,
 };
@@ -197,7 +198,8 @@ impl v1::control_server::Control for Reports {
         // A new line has room.
         let _ = line.try_send(Ok(v1::RunnerOrder { order: Some(first) }));
         tracing::info!(%placement, runner = hello.runner, conn, "runner connected");
-        let opened = Fact::RunnerOpened { conn, placement, line };
+        let weighs = hello.hello.is_some_and(|hello| hello.features.iter().any(|feature| feature == FEATURE_WEIGHTS));
+        let opened = Fact::RunnerOpened { conn, placement, weighs, line };
         seat.facts.send(opened).await.map_err(|_| Status::unavailable("the term is over"))?;
         let ended = seat.ended.clone();
         let reports = self.clone();
@@ -292,7 +294,21 @@ fn runner_said(message: v1::runner_message::Message) -> Result<Option<RunnerSaid
                 }
                 layers.insert(LayerId(layer.layer), layer.tokens);
             }
-            RunnerSaid::Load { window: window.window, layers }
+            let devices = device_loads(&window.devices)?;
+            let (number, revision) = (window.window, Revision(window.revision));
+            let length = Duration::from_millis(window.length_ms.into());
+            RunnerSaid::Load(LoadWindow { number, revision, layers, devices, length })
         }
     }))
+}
+
+fn device_loads(wire: &[v1::DeviceLoad]) -> Result<DeviceLoads, WireError> {
+    at_most("load.devices", wire.len())?;
+    let mut loads = DeviceLoads::new();
+    for device in wire {
+        at_most("load.devices.layers", device.layers.len())?;
+        let layers = device.layers.iter().map(|layer| (LayerId(layer.layer), layer.tokens)).collect();
+        loads.insert(convert::device(&device.device)?, layers);
+    }
+    Ok(loads)
 }

@@ -6,13 +6,16 @@ use berth_crds::{
     ExpertPlacementStatus,
     conditions::{ConditionType, Wanted, merge},
 };
-use berth_planner::{Layout, problem::Loads};
-use berth_types::{Bytes, ExpertId, PlacementName, Revision};
+use berth_planner::Layout;
+use berth_types::{Bytes, PlacementName, Revision};
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::Condition, jiff::Timestamp};
 
 use crate::{
-    index::{Index, Phase, Placement},
+    balance,
+    index::{Index, Phase, Placement, Told},
     snapshot::{expert_bytes, survive},
+    speeds::speeds,
+    weighing,
 };
 
 /// The status of `name` at `now`, which the wall clock calls `wall`.
@@ -27,10 +30,10 @@ pub fn status(index: &Index, now: Duration, wall: Timestamp, name: &PlacementNam
     status.draining_revision = placement.cutover.draining().0;
     (status.slots_ready, status.slots_total) = view.slots;
     status.experts_lost = view.lost;
-    status.balancedness = balancedness(placement);
-    status.moved_bytes = placement.memory.moved;
+    status.balancedness = balancedness(index, placement);
     status.expert_bytes = view.bytes;
-    status.why = placement.memory.why.clone();
+    let Told { why, moved, certificate, decisions } = placement.memory.told.clone();
+    (status.why, status.moved_bytes, status.certificate, status.decisions) = (why, moved, certificate, decisions);
     status.conditions = merge(&status.conditions, &view.conditions(placement), generation, wall);
     Some(status)
 }
@@ -207,32 +210,15 @@ fn layout_bytes(index: &Index, placement: &Placement, layout: &Layout) -> Bytes 
     layout.ranges().filter_map(device_bytes).sum()
 }
 
-/// Mean over layers of mean ÷ max device load of the serving revision on the last loads; `None` where no
-/// load was seen.
+/// Mean over layers of mean ÷ max device load of the serving revision: as measured, else as the last loads would lie on
+/// it; `None` where no load was seen.
 #[must_use]
-pub fn balancedness(placement: &Placement) -> Option<f64> {
+pub fn balancedness(index: &Index, placement: &Placement) -> Option<f64> {
     let layout = placement.layout(placement.cutover.serving())?;
-    let loads: Loads = placement.loads();
-    let mut ratios = Vec::new();
-    for (layer, row) in &layout.layers {
-        let Some(tokens) = loads.get(layer).filter(|tokens| tokens.iter().any(|count| *count > 0)) else { continue };
-        let copies = |expert: ExpertId| row.iter().flatten().filter(|held| **held == expert).count();
-        let share = |expert: &ExpertId| {
-            let index = usize::try_from(expert.0).unwrap_or(usize::MAX);
-            let count = u32::try_from(tokens.get(index).copied().unwrap_or(0)).unwrap_or(u32::MAX);
-            f64::from(count) / f64::from(u32::try_from(copies(*expert)).unwrap_or(u32::MAX).max(1))
-        };
-        let devices: Vec<f64> = layout
-            .ranges()
-            .map(|(_, range)| row.get(range).unwrap_or_default().iter().flatten().map(share).sum())
-            .collect();
-        let most = devices.iter().copied().fold(0.0, f64::max);
-        let count = f64::from(u32::try_from(devices.len()).unwrap_or(u32::MAX).max(1));
-        if most > 0.0 {
-            ratios.push(devices.iter().sum::<f64>() / count / most);
-        }
-    }
-    let count = f64::from(u32::try_from(ratios.len()).ok()?);
-    // Three digits: what changes less is no news for the API server.
-    (count > 0.0).then(|| (ratios.iter().sum::<f64>() / count * 1000.0).round() / 1000.0)
+    let speeds = speeds(index, &placement.spec.speeds);
+    let speed = |device: &berth_types::DeviceId| speeds.get(device).copied().unwrap_or(1.0);
+    let measured = balance::measured(layout, &placement.answered(), speed);
+    let weights = placement.weights(placement.cutover.serving());
+    let spread = measured.or_else(|| balance::expected(layout, weights, &placement.loads(), speed))?;
+    Some(weighing::rounded(spread.balancedness))
 }

@@ -346,7 +346,7 @@ async fn assignment_never_goes_back(client: &Client) {
 /// 61 layers of 9,000 slots, near the 1.5 MB that etcd takes, are within the cost limits of the rules.
 async fn a_large_map_is_accepted(client: &Client) {
     let experts = (0..9_000).map(|slot| Some(ExpertId(slot % 384))).collect();
-    let experts = serde_json::to_value(MapLayer { layer: 3, experts }).unwrap()["experts"].clone();
+    let experts = serde_json::to_value(MapLayer { layer: 3, experts, weights: None }).unwrap()["experts"].clone();
     let devices: Vec<Value> =
         (0..90).map(|index| json!({"device": format!("node-{}/0000:3b:00.0", index), "slots": 100})).collect();
     let layers: Vec<Value> = (3..64).map(|layer| json!({"layer": layer, "experts": experts})).collect();

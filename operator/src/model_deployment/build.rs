@@ -9,8 +9,10 @@ use std::{
 use berth_crds::{
     ExpertPlacement, ExpertPlacementSpec, LABEL_DEPLOYMENT, LABEL_INSTANCE, LABEL_MODE, LABEL_PLACEMENT,
     LABEL_TEMPLATE, TAINT_NATIVE,
+    expert_placement::ProductSpeed,
+    model_profile::{Basis, Throughput},
 };
-use berth_types::Bytes;
+use berth_types::{Bytes, TokensPerSecond};
 use k8s_openapi::{api::apps::v1::Deployment, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::{Resource, ResourceExt, api::ObjectMeta};
 
@@ -160,6 +162,8 @@ fn placement(
             vendor_formats: profile.vendor_formats.clone(),
             non_expert_bytes: profile.non_expert_bytes,
             kv_budget_bytes: kv_budget(profile),
+            expert_loads: profile.expert_loads.clone(),
+            speeds: speeds(&profile.throughput),
             weights: spec.weights.clone(),
             devices: spec.devices.clone(),
             redundancy: spec.redundancy.clone(),
@@ -169,6 +173,29 @@ fn placement(
         },
         status: None,
     }
+}
+
+/// How fast one device of each product is, from the figures of whole instances: of several for one product the best
+/// founded, and of these the one with the fewest devices, in which the network counts least.
+fn speeds(throughput: &[Throughput]) -> Vec<ProductSpeed> {
+    let founded = |one: &Throughput| match one.basis {
+        Basis::Measured => 0,
+        Basis::Calibrated => 1,
+        Basis::Modelled => 2,
+    };
+    let mut sorted: Vec<&Throughput> = throughput.iter().filter(|one| one.devices > 0).collect();
+    sorted.sort_by(|one, other| {
+        let key = |one: &Throughput| (one.product.clone(), founded(one), one.devices);
+        key(one).cmp(&key(other))
+    });
+    sorted.dedup_by(|one, other| one.product == other.product);
+    let speed = |one: &Throughput| ProductSpeed {
+        product: one.product.clone(),
+        tokens_per_second: TokensPerSecond::try_from(one.tokens_per_second.get() / f64::from(one.devices))
+            .unwrap_or_default(),
+        basis: one.basis,
+    };
+    sorted.into_iter().map(speed).collect()
 }
 
 /// Bytes as Kubernetes prints them back: the largest binary suffix that divides them, rounded up to MiB.
@@ -360,6 +387,27 @@ mod tests {
         placement.spec.granted_devices = Some(9);
         add(&mut found, (Arc::new(placement), pod));
         assert_eq!(build(&found, &checked, &config()).wanted[0].placement.spec.granted_devices, Some(9));
+    }
+
+    #[test]
+    fn a_device_is_as_fast_as_its_part_of_the_best_founded_instance() {
+        let figure = |product: &str, devices: u32, rate: f64, basis: Basis| Throughput {
+            product: product.to_owned(),
+            devices,
+            tokens_per_second: TokensPerSecond::try_from(rate).unwrap(),
+            basis,
+            source: "a test".to_owned(),
+        };
+        let figures = [
+            figure("h200", 16, 3200.0, Basis::Modelled),
+            figure("h200", 8, 1200.0, Basis::Measured),
+            figure("h200", 32, 4000.0, Basis::Measured),
+            figure("910c", 16, 1600.0, Basis::Modelled),
+        ];
+        let speeds: Vec<_> =
+            speeds(&figures).into_iter().map(|one| (one.product, one.tokens_per_second.get(), one.basis)).collect();
+        let expected = [("910c".to_owned(), 100.0, Basis::Modelled), ("h200".to_owned(), 150.0, Basis::Measured)];
+        assert_eq!(speeds, expected);
     }
 
     #[test]

@@ -113,10 +113,11 @@ fn rejection(deployment: &ModelDeployment, profile: Option<&ModelProfile>, roots
     }
     match profile {
         None => Some(no_profile(deployment)),
-        Some(profile) => match profile.spec.geometry.validate() {
-            Ok(()) => None,
-            Err(error) => reject(Reason::ProfileInvalid, format!("profile {}: {error}", spec.model)),
-        },
+        Some(profile) => {
+            let sound = profile.spec.geometry.validate().map_err(|error| error.to_string());
+            let sound = sound.and_then(|()| profile.spec.validate_expert_loads());
+            sound.err().and_then(|error| reject(Reason::ProfileInvalid, format!("profile {}: {error}", spec.model)))
+        }
     }
 }
 
@@ -159,6 +160,26 @@ mod tests {
         }
         let nameless = validate(&found(&json!({}), 1).0.deployment, None, &Roots(vec!["/models".into()]));
         assert_eq!(nameless.outcome.unwrap_err().reason, Reason::ProfileNotFound);
+    }
+
+    #[test]
+    fn known_loads_of_other_experts_than_the_model_has_are_rejected() {
+        use berth_crds::model_profile::LayerShares;
+        let deployment = found(&json!({}), 1).0.deployment;
+        let outcome = |layer: u32, experts: usize| {
+            let mut spec = crate::fleet::tests::profile();
+            spec.expert_loads = vec![LayerShares { layer, shares: vec![1; experts] }];
+            let profile = Arc::new(ModelProfile::new("v3-tiny", spec));
+            validate(&deployment, Some(profile), &Roots(vec!["/models".into()])).outcome
+        };
+        assert!(outcome(1, 16).is_ok());
+        for ((layer, experts), words) in
+            [((0, 16), "experts are in layers 1 to 3"), ((1, 9), "9 shares for 16 experts")]
+        {
+            let Rejection { reason, message } = outcome(layer, experts).unwrap_err();
+            assert_eq!(reason, Reason::ProfileInvalid);
+            assert!(message.contains(words), "{message}");
+        }
     }
 
     #[test]

@@ -226,7 +226,8 @@ impl Delivery {
         let broken = |broken: super::link::Broken| Refusal { kind: Kind::Broken, detail: broken.0 };
         let answer = self.shared.link(place).call(request).await.map_err(broken)?;
         let values = message::decode(&answer, rows.len(), self.hidden)?;
-        self.shared.answered(&place.device, entries.len(), self.shared.clock().now().saturating_sub(started));
+        let took = self.shared.clock().now().saturating_sub(started);
+        self.shared.answered(routes.revision, self.layer, &place.device, entries.len(), took);
         Ok(Partial { device: place.device.clone(), rows, values })
     }
 }

@@ -25,8 +25,9 @@ use super::{
 };
 use crate::{
     error::ExpertsError,
-    num::u32_of,
+    num::{u32_of, u64_of},
     routes::{Place, RouteTable, Routes},
+    served::{DeviceLoads, Served},
 };
 
 /// Bounds of the client.
@@ -85,6 +86,7 @@ pub(crate) struct Shared {
     /// The newest revision on which a step ended, and when (wall clock).
     ended_on: Mutex<(Revision, u64)>,
     calls: AtomicU64,
+    served: Mutex<Served>,
 }
 
 impl Experts {
@@ -100,6 +102,7 @@ impl Experts {
             in_use: watch::Sender::default(),
             ended_on: Mutex::default(),
             calls: AtomicU64::new(1),
+            served: Mutex::default(),
         };
         Self { shared: Arc::new(shared), runtime }
     }
@@ -108,7 +111,13 @@ impl Experts {
     /// then stay.
     pub fn set_routes(&self, table: RouteTable) -> bool {
         let (epoch, revision) = (table.epoch, table.revision);
+        let uid = table.placement_uid.clone();
+        let anew = self.shared.routes().is_some_and(|routes| routes.placement_uid != uid);
         let taken = lock(&self.shared.directory).set_routes(table);
+        if taken && anew {
+            // Its revisions begin at 1 again.
+            *lock(&self.shared.served) = Served::default();
+        }
         if taken {
             tracing::info!(epoch = epoch.0, revision = revision.0, "routes taken");
             self.shared.publish();
@@ -126,6 +135,23 @@ impl Experts {
     #[must_use]
     pub fn in_use(&self) -> watch::Receiver<InUse> {
         self.shared.in_use.subscribe()
+    }
+
+    /// Begins a load window; gives what devices answered of `revision` in the last.
+    #[must_use]
+    pub fn close_window(&self, revision: Revision) -> DeviceLoads {
+        lock(&self.shared.served).close(revision)
+    }
+
+    /// Every device of the current revision, with what it has answered since that was first used.
+    #[must_use]
+    pub fn served(&self) -> DeviceLoads {
+        let Some(routes) = self.shared.routes() else { return DeviceLoads::new() };
+        let mut loads = lock(&self.shared.served).total(routes.revision);
+        for place in routes.places() {
+            loads.entry(place.device.clone()).or_default();
+        }
+        loads
     }
 
     /// What was seen so far.
@@ -288,9 +314,17 @@ impl Shared {
         stats.counts.retried += u64::from(again);
     }
 
-    pub(crate) fn answered(&self, device: &DeviceId, entries: usize, took: Duration) {
+    pub(crate) fn answered(
+        &self,
+        revision: Revision,
+        layer: LayerId,
+        device: &DeviceId,
+        entries: usize,
+        took: Duration,
+    ) {
         lock(&self.pace).answered(entries, took);
         lock(&self.directory).trust(device);
+        lock(&self.served).count(revision, device, layer, u64_of(entries));
     }
 
     pub(crate) fn refused(&self, device: &DeviceId, refusal: &Refusal) {

@@ -150,6 +150,7 @@ impl Scene {
             device: device.device.to_string(),
             endpoint: device.endpoint,
             layers: convert::slots_to_wire(&device.slots),
+            weights: convert::weights_to_wire(&device.weights),
         });
         Order::Routes(Routes { epoch, placement_uid, revision, devices: devices.collect(), traceparent: String::new() })
     }
@@ -214,8 +215,13 @@ async fn it_says_what_it_uses_and_serves_what_it_is_routed() {
         Message::Load(window) if !window.layers.is_empty() => Some(window),
         _ => None,
     });
-    let counted: u64 = window.await.layers[0].tokens.iter().sum();
+    let window = window.await;
+    let counted: u64 = window.layers[0].tokens.iter().sum();
     assert!(counted > 0 && counted.is_multiple_of(2), "two experts a token");
+    let answered = window.devices.iter().flat_map(|device| &device.layers).map(|layer| layer.tokens).sum::<u64>();
+    assert!(answered > 0 && window.length_ms > 0, "devices answered: {window:?}");
+    let declared = hello.hello.map(|hello| hello.features).unwrap_or_default();
+    assert_eq!(declared, [berth_proto::FEATURE_WEIGHTS]);
     talk.hear(|message| matches!(message, Message::Beat(_)).then_some(())).await;
     talk.say(Order::Gone(DevicesGone { devices: vec!["node-0/0.0".to_owned()] })).await;
     let gone = async {

@@ -107,6 +107,25 @@ fn replicas_share_the_tokens_evenly() {
 }
 
 #[test]
+fn replicas_take_the_part_that_their_weights_say_and_no_token_changes() {
+    let (crew, engine) = pair();
+    let mut table = crew.table(2, |_, _| true);
+    for (device, weight) in table.devices.iter_mut().zip([49_151, 16_384]) {
+        device.weights = device.slots.iter().map(|(layer, slots)| (*layer, vec![weight; slots.len()])).collect();
+    }
+    assert!(crew.experts.set_routes(table));
+    for first in 0..12 {
+        let prompt: Vec<u32> = (0..40).map(|at| (at * 7 + first * 31) % 258).collect();
+        tiny::generate(&engine, &prompt, 1, false);
+    }
+    let served: Vec<u64> = crew.experts.served().into_values().map(|layers| layers.into_values().sum()).collect();
+    let counted = |at: usize| f64::from(u32::try_from(served[at]).unwrap());
+    let share = counted(0) / (counted(0) + counted(1));
+    assert!((0.70..0.80).contains(&share), "{served:?}");
+    assert_expected(&generate_and(&engine, 1, || ()));
+}
+
+#[test]
 fn a_lost_device_costs_one_retry_and_is_not_called_again_until_newer_routes() {
     let (crew, engine) = pair();
     let outcome = generate_and(&engine, 5, || crew.workers[0].set(Mode::Refuse(ForwardStatus::DeviceLost)));

@@ -185,6 +185,7 @@ impl Crew {
                 device: format!("node-{index}/0.0").parse().unwrap(),
                 endpoint: worker.endpoint.clone(),
                 slots: self.layers.iter().map(|layer| (*layer, slots.clone())).collect::<BTreeMap<_, _>>(),
+                weights: BTreeMap::new(),
             }
         };
         RouteTable {

@@ -13,12 +13,25 @@ use std::{
 
 use berth_crds::{AcceleratorNode, ExpertPlacement, PlacementMap};
 use berth_planner::{Layout, Standing};
-use berth_types::{DeviceId, ExpertId, LayerId, PlacementName, Revision};
+use berth_types::{DeviceId, ExpertId, PlacementName, Revision};
 
 pub use node::{GONE, Health, Node, Phase, SILENT, Shelf, Worker};
-pub use placement::{Memory, Placement, Stored, from_map, to_map};
+pub use placement::{LoadWindow, Memory, Pending, Placement, Stored, Ticket, Told, from_map, to_map, weights_of};
 
 use crate::cutover::{Late, Progress};
+
+/// What a plan depends on, as it was when it was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// What may be done with devices.
+    pub world: u64,
+    /// What placements hold or have been promised.
+    pub claims: u64,
+    /// The placement's spec.
+    pub generation: i64,
+    /// The revision that the plan starts from.
+    pub assigned: Revision,
+}
 
 /// Everything known.
 #[derive(Debug)]
@@ -26,13 +39,15 @@ pub struct Index {
     began: Duration,
     nodes: BTreeMap<String, Node>,
     placements: BTreeMap<PlacementName, Placement>,
-    /// Which placement a runner's stream belongs to.
-    runners: BTreeMap<u64, PlacementName>,
+    /// Which placement a runner's stream belongs to, and whether it divides tokens by weights.
+    runners: BTreeMap<u64, (PlacementName, bool)>,
     /// Which node an agent's stream belongs to.
     agents: BTreeMap<u64, String>,
     standings: BTreeMap<DeviceId, Standing>,
     /// Rises when what may be done with a device changes.
     world: u64,
+    /// Rises when what placements hold or have been promised changes.
+    claims: u64,
     touched: BTreeSet<PlacementName>,
     stored: BTreeMap<(PlacementName, String), BTreeMap<Revision, Stored>>,
     /// Name and uid of placements that are gone and whose maps may be left.
@@ -51,6 +66,7 @@ impl Index {
             agents: BTreeMap::new(),
             standings: BTreeMap::new(),
             world: 1,
+            claims: 0,
             touched: BTreeSet::new(),
             stored: BTreeMap::new(),
             orphans: BTreeSet::new(),
@@ -59,7 +75,7 @@ impl Index {
 
     /// A stored revision of the placement with this uid. Comes before the placement's object.
     pub fn map(&mut self, name: &PlacementName, uid: &str, map: &PlacementMap, digest: String) {
-        let stored = Stored { layout: from_map(map).into(), digest };
+        let stored = Stored { layout: from_map(map).into(), weights: weights_of(map).map(Into::into), digest };
         let known = self.stored.entry((name.clone(), uid.to_owned())).or_default();
         known.insert(Revision(map.spec.revision), stored);
     }
@@ -84,9 +100,9 @@ impl Index {
                 if let Some(other) = self.placements.insert(name.clone(), Placement::new(now, object, revisions)) {
                     self.orphans.insert((name.clone(), other.uid));
                 }
-                for (conn, _) in self.runners.iter().filter(|(_, placement)| *placement == name) {
+                for (conn, (_, weighs)) in self.runners.iter().filter(|(_, (placement, _))| placement == name) {
                     if let Some(placement) = self.placements.get_mut(name) {
-                        placement.runner_opened(now, *conn);
+                        placement.runner_opened(now, *conn, *weighs);
                     }
                 }
             }
@@ -192,12 +208,12 @@ impl Index {
     }
 
     /// A runner's stream opened.
-    pub fn runner_opened(&mut self, now: Duration, conn: u64, placement: PlacementName) {
+    pub fn runner_opened(&mut self, now: Duration, conn: u64, placement: PlacementName, weighs: bool) {
         if let Some(known) = self.placements.get_mut(&placement) {
-            known.runner_opened(now, conn);
+            known.runner_opened(now, conn, weighs);
         }
         self.touched.insert(placement.clone());
-        self.runners.insert(conn, placement);
+        self.runners.insert(conn, (placement, weighs));
     }
 
     /// A runner's stream ended.
@@ -212,12 +228,12 @@ impl Index {
     }
 
     /// A runner's load window.
-    pub fn load(&mut self, conn: u64, window: u64, layers: BTreeMap<LayerId, Vec<u64>>) {
-        self.runner_said(conn, |placement| placement.load(conn, window, layers));
+    pub fn load(&mut self, conn: u64, window: LoadWindow) {
+        self.runner_said(conn, |placement| placement.load(conn, window));
     }
 
     fn runner_said(&mut self, conn: u64, say: impl FnOnce(&mut Placement)) {
-        let Some(name) = self.runners.get(&conn) else { return };
+        let Some((name, _)) = self.runners.get(&conn) else { return };
         if let Some(placement) = self.placements.get_mut(name) {
             say(placement);
             self.touched.insert(name.clone());
@@ -281,6 +297,23 @@ impl Index {
     #[must_use]
     pub const fn world(&self) -> u64 {
         self.world
+    }
+
+    /// What a plan for `name` depends on, for a plan that is made while the world goes on.
+    #[must_use]
+    pub fn stamp(&self, name: &PlacementName) -> Stamp {
+        let placement = self.placements.get(name);
+        Stamp {
+            world: self.world,
+            claims: self.claims,
+            generation: placement.map_or(0, |placement| placement.generation),
+            assigned: placement.map_or(Revision(0), |placement| placement.cutover.assigned()),
+        }
+    }
+
+    /// Placements hold or have been promised something else than before.
+    pub const fn claim(&mut self) {
+        self.claims += 1;
     }
 
     /// Whether others may still come back, because this scheduler began only now.

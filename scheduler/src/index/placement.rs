@@ -9,21 +9,47 @@ use std::{
 
 use berth_crds::{
     ExpertPlacement, ExpertPlacementSpec, ExpertPlacementStatus, PlacementMap,
+    expert_placement::{PlanCertificate, PlanDecision},
     placement_map::{MapDevice, MapLayer},
 };
-use berth_planner::{DeviceSlots, Layout, Plan, Proposed, Survive, problem::Loads};
+use berth_planner::{DeviceSlots, Layout, Plan, Proposed, Sharing, Survive, Weights, problem::Loads};
 use berth_types::{Bytes, DeviceId, ExpertId, LayerId, Revision};
 
-use crate::cutover::{Cutover, HOLD};
+use crate::{
+    balance::DeviceLoads,
+    cutover::{Cutover, HOLD},
+    replan::Cause,
+};
 
 /// Load windows kept of each runner.
 const WINDOWS: usize = 16;
+/// Length of a load window whose runner does not say it.
+const WINDOW: Duration = Duration::from_secs(10);
+/// Windows of a runner that the measured balance speaks of.
+const MEASURED: usize = 3;
+
+/// A runner's load window.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LoadWindow {
+    /// Rises by one with every window.
+    pub number: u64,
+    /// Revision that devices computed.
+    pub revision: Revision,
+    /// Tokens by layer and expert.
+    pub layers: BTreeMap<LayerId, Vec<u64>>,
+    /// What devices answered of the revision.
+    pub devices: DeviceLoads,
+    /// How long it was; zero = not known.
+    pub length: Duration,
+}
 
 /// A stored revision.
 #[derive(Clone, Debug)]
 pub struct Stored {
     /// Its layout.
     pub layout: Arc<Layout>,
+    /// What part of its expert's tokens each slot takes; `None` = replicas share evenly.
+    pub weights: Option<Arc<Weights>>,
     /// `sha256:<hex>` of the map's spec.
     pub digest: String,
 }
@@ -35,10 +61,58 @@ pub struct Runner {
     opened: Duration,
     /// When it ended, if it has.
     ended: Option<Duration>,
+    /// It divides tokens by weights.
+    weighs: bool,
     /// Oldest revision with steps, once it has said so.
     oldest: Option<Revision>,
-    /// Tokens by layer and expert in its last windows.
-    windows: VecDeque<(u64, BTreeMap<LayerId, Vec<u64>>)>,
+    /// Its last windows.
+    windows: VecDeque<LoadWindow>,
+}
+
+/// A plan that is being made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    /// Tells it from others.
+    pub number: u64,
+    /// What made it due.
+    pub cause: Cause,
+}
+
+/// A plan that is being stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pending {
+    /// Its revision.
+    pub revision: Revision,
+    /// What made it due.
+    pub cause: Cause,
+    /// Until its gain has paid for its moves.
+    pub pays_back: Duration,
+}
+
+/// What the status tells of plans.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Told {
+    /// Why the last revision was made.
+    pub why: String,
+    /// Bytes it made devices load.
+    pub moved: Bytes,
+    /// How good it is.
+    pub certificate: Option<PlanCertificate>,
+    /// The last decisions, the newest first.
+    pub decisions: Vec<PlanDecision>,
+}
+
+impl Told {
+    /// What a status tells.
+    #[must_use]
+    pub fn of(status: &ExpertPlacementStatus) -> Self {
+        Self {
+            why: status.why.clone(),
+            moved: status.moved_bytes,
+            certificate: status.certificate.clone(),
+            decisions: status.decisions.clone(),
+        }
+    }
 }
 
 /// What is remembered of plans.
@@ -48,24 +122,28 @@ pub struct Memory {
     pub seen: Option<(u64, i64)>,
     /// Something else that plans depend on changed since.
     pub stale: bool,
-    /// When it was made.
-    pub planned_at: Duration,
+    /// When the assigned revision was assigned, or taken over.
+    pub settled_at: Duration,
+    /// Nothing moves for balance before: the last moves have not paid back yet.
+    pub balance_at: Duration,
+    /// Load windows that had been heard when the balance was looked at last.
+    pub looked: u64,
+    /// The plan that is being made.
+    pub planning: Option<Ticket>,
     /// Not before.
     pub retry_at: Duration,
     /// Refusals in a row.
     pub refused: u32,
-    /// Revision that is being committed.
-    pub pending: Option<Revision>,
+    /// What is being committed.
+    pub pending: Option<Pending>,
     /// Its layout, promised to the placement.
     pub promised: Option<Arc<Layout>>,
     /// Further waves.
     pub rest: Option<Plan<Proposed>>,
     /// Why it cannot be placed as asked.
     pub problem: Option<String>,
-    /// Why the last revision was made.
-    pub why: String,
-    /// Bytes it made devices load.
-    pub moved: Bytes,
+    /// What the status tells of plans.
+    pub told: Told,
     /// Largest failure domain whose loss it survives; `None` = another leader planned it.
     pub survives: Option<Survive>,
     /// Highest revision whose map exists without being ours.
@@ -95,6 +173,8 @@ pub struct Placement {
     pub avoided: BTreeMap<DeviceId, u64>,
     /// Its runners, by stream.
     pub runners: BTreeMap<u64, Runner>,
+    /// Load windows heard, those sent again not counted.
+    pub heard: u64,
     /// Trace of the decision that made the serving revision; empty = not known.
     pub traceparent: String,
 }
@@ -113,8 +193,8 @@ impl Placement {
         let memory = Memory {
             // A spec that this status speaks of is no change.
             seen: status.observed_generation.map(|generation| (0, generation)),
-            why: status.why.clone(),
-            moved: status.moved_bytes,
+            told: Told::of(&status),
+            settled_at: now,
             ..Memory::default()
         };
         Self {
@@ -128,6 +208,7 @@ impl Placement {
             memory,
             avoided: BTreeMap::new(),
             runners: BTreeMap::new(),
+            heard: 0,
             traceparent: String::new(),
         }
     }
@@ -138,10 +219,29 @@ impl Placement {
         self.revisions.get(&revision).map(|stored| &stored.layout)
     }
 
+    /// The weights of `revision`, if it is known and has any.
+    #[must_use]
+    pub fn weights(&self, revision: Revision) -> Option<&Weights> {
+        self.revisions.get(&revision)?.weights.as_deref()
+    }
+
+    /// How its runners share an expert's tokens over replicas: by weights, if all that are connected can.
+    #[must_use]
+    pub fn sharing(&self) -> Sharing {
+        let mut open = self.runners.values().filter(|runner| runner.ended.is_none()).peekable();
+        if open.peek().is_some() && open.all(|runner| runner.weighs) { Sharing::Weighted } else { Sharing::Even }
+    }
+
     /// The layout of the assigned revision.
     #[must_use]
     pub fn assigned(&self) -> Option<&Arc<Layout>> {
         self.layout(self.cutover.assigned())
+    }
+
+    /// Whether the assigned revision loads, or an older one drains.
+    #[must_use]
+    pub fn is_cutting(&self) -> bool {
+        self.cutover.loading() || self.cutover.draining().0 > 0
     }
 
     /// Layouts that devices hold or have been promised.
@@ -171,8 +271,8 @@ impl Placement {
     }
 
     /// A runner's stream opened.
-    pub fn runner_opened(&mut self, now: Duration, conn: u64) {
-        let runner = Runner { opened: now, ended: None, oldest: None, windows: VecDeque::new() };
+    pub fn runner_opened(&mut self, now: Duration, conn: u64, weighs: bool) {
+        let runner = Runner { opened: now, ended: None, weighs, oldest: None, windows: VecDeque::new() };
         self.runners.insert(conn, runner);
     }
 
@@ -192,11 +292,14 @@ impl Placement {
     }
 
     /// A runner's load window; one sent again replaces itself.
-    pub fn load(&mut self, conn: u64, window: u64, layers: BTreeMap<LayerId, Vec<u64>>) {
+    pub fn load(&mut self, conn: u64, window: LoadWindow) {
         let Some(runner) = self.runners.get_mut(&conn) else { return };
-        match runner.windows.iter_mut().find(|(number, _)| *number == window) {
-            Some(known) => known.1 = layers,
-            None => runner.windows.push_back((window, layers)),
+        match runner.windows.iter_mut().find(|known| known.number == window.number) {
+            Some(known) => *known = window,
+            None => {
+                runner.windows.push_back(window);
+                self.heard += 1;
+            }
         }
         while runner.windows.len() > WINDOWS {
             runner.windows.pop_front();
@@ -220,10 +323,43 @@ impl Placement {
     #[must_use]
     pub fn loads(&self) -> Loads {
         let mut loads = Loads::new();
-        for (_, layers) in self.runners.values().flat_map(|runner| &runner.windows) {
-            add(&mut loads, layers);
+        for window in self.runners.values().flat_map(|runner| &runner.windows) {
+            add(&mut loads, &window.layers);
         }
         loads
+    }
+
+    /// What devices answered of the serving revision in the last windows of all runners.
+    #[must_use]
+    pub fn answered(&self) -> DeviceLoads {
+        let serving = self.cutover.serving();
+        let mut sum = DeviceLoads::new();
+        for runner in self.runners.values() {
+            let windows = runner.windows.iter().rev().take(MEASURED).filter(|window| window.revision == serving);
+            for (device, layers) in windows.flat_map(|window| &window.devices) {
+                let known = sum.entry(device.clone()).or_default();
+                for (layer, tokens) in layers {
+                    let entry = known.entry(*layer).or_insert(0);
+                    *entry = entry.saturating_add(*tokens);
+                }
+            }
+        }
+        sum
+    }
+
+    /// How long its load windows are.
+    #[must_use]
+    pub fn window_length(&self) -> Duration {
+        let last = self.runners.values().filter_map(|runner| runner.windows.back()).map(|window| window.length);
+        last.max().filter(|length| !length.is_zero()).unwrap_or(WINDOW)
+    }
+
+    /// Tokens of all experts in the last windows of all runners, of the layer with the most.
+    #[must_use]
+    pub fn last_tokens(&self) -> u64 {
+        let mut last = Loads::new();
+        self.runners.values().filter_map(|runner| runner.windows.back()).for_each(|one| add(&mut last, &one.layers));
+        last.values().map(|tokens| tokens.iter().fold(0_u64, |sum, more| sum.saturating_add(*more))).max().unwrap_or(0)
     }
 
     /// The last windows, oldest first, each the sum of what all runners saw in it. Runners count windows for
@@ -233,8 +369,8 @@ impl Placement {
         let most = self.runners.values().map(|runner| runner.windows.len()).max().unwrap_or(0);
         let mut windows = vec![Loads::new(); most];
         for runner in self.runners.values() {
-            for ((_, layers), sum) in runner.windows.iter().rev().zip(windows.iter_mut().rev()) {
-                add(sum, layers);
+            for (window, sum) in runner.windows.iter().rev().zip(windows.iter_mut().rev()) {
+                add(sum, &window.layers);
             }
         }
         windows
@@ -252,11 +388,16 @@ fn add(loads: &mut Loads, layers: &BTreeMap<LayerId, Vec<u64>>) {
     }
 }
 
-/// A layout as a map holds it.
+/// A layout and its weights as a map holds them.
 #[must_use]
-pub fn to_map(layout: &Layout) -> (Vec<MapDevice>, Vec<MapLayer>) {
+pub fn to_map(layout: &Layout, weights: Option<&Weights>) -> (Vec<MapDevice>, Vec<MapLayer>) {
     let device = |entry: &DeviceSlots| MapDevice { device: entry.device.clone(), slots: entry.slots };
-    let layer = |(layer, row): (&LayerId, &Vec<Option<ExpertId>>)| MapLayer { layer: layer.0, experts: row.clone() };
+    let weights = |layer: &LayerId| weights.and_then(|weights| weights.get(layer)).cloned();
+    let layer = |(layer, row): (&LayerId, &Vec<Option<ExpertId>>)| MapLayer {
+        layer: layer.0,
+        experts: row.clone(),
+        weights: weights(layer),
+    };
     (layout.devices.iter().map(device).collect(), layout.layers.iter().map(layer).collect())
 }
 
@@ -268,4 +409,12 @@ pub fn from_map(map: &PlacementMap) -> Layout {
         devices: map.spec.devices.iter().map(device).collect(),
         layers: map.spec.layers.iter().map(|layer| (LayerId(layer.layer), layer.experts.clone())).collect(),
     }
+}
+
+/// The weights that the map holds; `None` = replicas share evenly.
+#[must_use]
+pub fn weights_of(map: &PlacementMap) -> Option<Weights> {
+    let layer = |layer: &MapLayer| Some((LayerId(layer.layer), layer.weights.clone()?));
+    let weights: Weights = map.spec.layers.iter().filter_map(layer).collect();
+    (!weights.is_empty()).then_some(weights)
 }

@@ -25,9 +25,10 @@ use crate::{
     cutover::{LOAD_LIMIT, Next},
     decisions::Decisions,
     facts::{AgentSaid, Fact, RunnerSaid},
-    index::Index,
+    index::{Index, Placement},
     metrics::SchedulerMetrics,
     orders::Post,
+    replan::{Lane, SETTLE},
 };
 
 /// Longest time between two turns.
@@ -53,6 +54,7 @@ pub struct Ring {
     listed: (bool, bool),
     grace: bool,
     load_limit: Duration,
+    settle: Duration,
     /// When the world is shown again.
     shown: Duration,
     /// Placements to look at again at the next tick.
@@ -60,6 +62,12 @@ pub struct Ring {
     written: BTreeMap<PlacementName, Written>,
     nodes_written: BTreeMap<String, NodeWritten>,
     sweep: Sweep,
+    /// Lanes in which a plan is being made.
+    lanes: BTreeSet<Lane>,
+    /// Plans begun so far.
+    tickets: u64,
+    /// Placements whose plan is due and whose lane was taken.
+    waiting: BTreeSet<PlacementName>,
 }
 
 impl Ring {
@@ -88,11 +96,15 @@ impl Ring {
             listed: (false, false),
             grace: true,
             load_limit: LOAD_LIMIT,
+            settle: SETTLE,
             shown: Duration::ZERO,
             later: BTreeSet::new(),
             written: BTreeMap::new(),
             nodes_written: BTreeMap::new(),
             sweep: Sweep::default(),
+            lanes: BTreeSet::new(),
+            tickets: 0,
+            waiting: BTreeSet::new(),
         }
     }
 
@@ -100,6 +112,12 @@ impl Ring {
     #[must_use]
     pub fn with_load_limit(self, load_limit: Duration) -> Self {
         Self { load_limit, ..self }
+    }
+
+    /// Balance is left alone for so long after any other revision.
+    #[must_use]
+    pub fn with_settle(self, settle: Duration) -> Self {
+        Self { settle, ..self }
     }
 
     /// Turns until the term ends, then waits for the writes in hand (each has a deadline).
@@ -163,14 +181,14 @@ impl Ring {
             Fact::Agent { conn, said: AgentSaid::Health(health) } => self.index.health(now, conn, health),
             Fact::Agent { conn, said: AgentSaid::Workers(workers) } => self.index.workers(now, conn, workers),
             Fact::Agent { conn, said: AgentSaid::Beat } => self.index.beat(now, conn),
-            Fact::RunnerOpened { conn, placement, line } => {
-                self.post.runner(conn, &placement, line);
-                self.index.runner_opened(now, conn, placement);
+            Fact::RunnerOpened { conn, placement, weighs, line } => {
+                self.post.runner(conn, &placement, weighs, line);
+                self.index.runner_opened(now, conn, placement, weighs);
             }
             Fact::Runner { conn, said: RunnerSaid::InUse { oldest, current } } => {
                 self.index.in_use(conn, oldest, current);
             }
-            Fact::Runner { conn, said: RunnerSaid::Load { window, layers } } => self.index.load(conn, window, layers),
+            Fact::Runner { conn, said: RunnerSaid::Load(window) } => self.index.load(conn, window),
             Fact::Runner { said: RunnerSaid::Beat, .. } => {}
             Fact::Closed { conn } => {
                 self.post.forget(conn);
@@ -189,6 +207,7 @@ impl Ring {
                 self.index.only_nodes(now, &names);
                 self.listed.1 = true;
             }
+            Fact::Planned { name, uid, made } => self.planned(now, &name, &uid, *made),
             Fact::Committed { name, uid, outcome } => self.committed(now, &name, &uid, *outcome),
             Fact::Written { name, outcome } => self.status_written(now, &name, outcome),
             Fact::Swept(left) => self.swept(now, left),
@@ -262,8 +281,9 @@ impl Ring {
         }));
         if placement.drain(now, grace && placement.inherited) {
             tracing::info!(placement = %name, serving = placement.cutover.serving().0, "older revisions drained");
+            self.index.claim();
         }
-        if placement.cutover.loading() || placement.cutover.draining().0 > 0 {
+        if self.index.placements().get(name).is_some_and(Placement::is_cutting) {
             self.later.insert(name.clone());
         }
     }

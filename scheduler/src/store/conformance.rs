@@ -45,7 +45,8 @@ impl Subject {
         let device: DeviceId = "n1/0000:01:00.0".parse().map_err(|error| differs("a device has a name", &error))?;
         let devices = vec![MapDevice { device, slots }];
         let expert = |layer: u32, slot: u32| (slot % 7 != 3).then_some(ExpertId((slot * 31 + layer) % 9_000));
-        let layer = |layer| MapLayer { layer, experts: (0..slots).map(|slot| expert(layer, slot)).collect() };
+        let layer =
+            |layer| MapLayer { layer, experts: (0..slots).map(|slot| expert(layer, slot)).collect(), weights: None };
         let layers = (0..layers).map(layer).collect();
         let placement = self.name.name().to_owned();
         Ok(object(&self.name, PlacementMapSpec { placement, revision, epoch, devices, layers }))

@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -116,7 +117,7 @@ impl Rig {
         );
         let index = load(&*store, clock.now()).await.unwrap();
         let writer = Writer::new(fence.clone(), store.clone(), door.clone());
-        let ring = Ring::new(index, Epoch(epoch), writer, clock, own, facts.clone());
+        let ring = Ring::new(index, Epoch(epoch), writer, clock, own, facts.clone()).with_settle(Duration::ZERO);
         tokio::spawn(ring.run(taken, ended.clone(), || {}));
         facts.send(Fact::NodesListed(BTreeSet::new())).await.unwrap();
         facts.send(Fact::PlacementsListed(["models/v3-0".parse().unwrap()].into())).await.unwrap();
@@ -146,7 +147,7 @@ impl Rig {
                 if let Some(found) = look() {
                     return found;
                 }
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
         tokio::time::timeout(LIMIT, found).await.unwrap_or_else(|_| {
@@ -169,21 +170,33 @@ impl Rig {
 
     /// An agent with `devices` healthy devices whose workers serve.
     pub(super) async fn agent(&self, node: &str, devices: usize) -> Agent {
+        self.agent_of(node, devices, "H200").await
+    }
+
+    /// The same with devices of `product`.
+    pub(super) async fn agent_of(&self, node: &str, devices: usize, product: &'static str) -> Agent {
         let (say, said) = mpsc::channel(64);
         let hello = v1::AgentHello { node: node.to_owned(), boot_id: "boot".to_owned(), hosting: true, hello: None };
         let message = v1::AgentMessage { message: Some(v1::agent_message::Message::Hello(hello)) };
         say.send(message).await.unwrap();
         let orders = self.client().await.agent(ReceiverStream::new(said)).await.unwrap().into_inner();
         let devices = (1..=devices).map(|at| format!("{node}/0000:0{at}:00.0")).collect();
-        let mut agent = Agent { say, orders, devices, lost: BTreeSet::new(), sequence: 0, held: BTreeMap::new() };
+        let mut agent =
+            Agent { say, orders, product, devices, lost: BTreeSet::new(), sequence: 0, held: BTreeMap::new() };
         agent.health().await;
         agent.workers().await;
         agent
     }
 
     pub(super) async fn runner(&self, placement: &str) -> Runner {
+        self.runner_with(placement, &[]).await
+    }
+
+    pub(super) async fn runner_with(&self, placement: &str, features: &[&str]) -> Runner {
         let (say, said) = mpsc::channel(64);
-        let hello = v1::RunnerHello { placement: placement.to_owned(), runner: "runner-0".to_owned(), hello: None };
+        let features = features.iter().map(|feature| (*feature).to_owned()).collect();
+        let hello = Some(v1::Hello { features, ..v1::Hello::default() });
+        let hello = v1::RunnerHello { placement: placement.to_owned(), runner: "runner-0".to_owned(), hello };
         let message = v1::RunnerMessage { message: Some(v1::runner_message::Message::Hello(hello)) };
         say.send(message).await.unwrap();
         let orders = self.client().await.runner(ReceiverStream::new(said)).await.unwrap().into_inner();
@@ -195,6 +208,7 @@ impl Rig {
 pub(super) struct Agent {
     say: mpsc::Sender<v1::AgentMessage>,
     orders: Streaming<v1::AgentOrder>,
+    product: &'static str,
     devices: Vec<String>,
     lost: BTreeSet<String>,
     sequence: u64,
@@ -228,7 +242,7 @@ impl Agent {
             v1::DeviceHealth {
                 device: id.clone(),
                 vendor: "nvidia".to_owned(),
-                product: "H200".to_owned(),
+                product: self.product.to_owned(),
                 memory_bytes: 1 << 30,
                 ..berth_proto::convert::state_to_wire(state)
             }
@@ -330,6 +344,41 @@ impl Runner {
         }
     }
 
+    /// A load window in which every expert layer of [`placement`] was asked for `tokens` by expert, all answered by the
+    /// replicas of `routes` that share them evenly.
+    pub(super) async fn load(&mut self, window: u64, tokens: &[u64], routes: &v1::Routes) {
+        let copies = |layer: u32, expert: u32| {
+            let held = routes.devices.iter().flat_map(|device| &device.layers).filter(|slots| slots.layer == layer);
+            held.flat_map(|slots| &slots.experts).filter(|held| **held == expert).count()
+        };
+        let share = |layer: u32, expert: &u32| {
+            let tokens = usize::try_from(*expert).ok().and_then(|at| tokens.get(at)).copied().unwrap_or(0);
+            tokens / u64::try_from(copies(layer, *expert)).unwrap_or(1).max(1)
+        };
+        let answered = |slots: &v1::LayerSlots| v1::LayerTokens {
+            layer: slots.layer,
+            tokens: slots.experts.iter().map(|expert| share(slots.layer, expert)).sum(),
+        };
+        let devices = routes.devices.iter().map(|device| v1::DeviceLoad {
+            device: device.device.clone(),
+            layers: device.layers.iter().map(answered).collect(),
+        });
+        let layers = (1..4).map(|layer| v1::LayerLoad { layer, tokens: tokens.to_vec() }).collect();
+        let load =
+            v1::LoadWindow { window, revision: routes.revision, layers, devices: devices.collect(), length_ms: 10_000 };
+        let message = v1::RunnerMessage { message: Some(v1::runner_message::Message::Load(load)) };
+        self.say.send(message).await.unwrap();
+    }
+
+    /// A load window of [`large`] that asks a tenth of the experts for nearly everything.
+    pub(super) async fn skew(&mut self, window: u64, routes: &v1::Routes) {
+        let tokens: Vec<u64> = (0..256).map(|expert| if expert % 10 == 0 { 9000 + expert } else { 10 }).collect();
+        let layers = (3..61).map(|layer| v1::LayerLoad { layer, tokens: tokens.clone() }).collect();
+        let load = v1::LoadWindow { window, revision: routes.revision, layers, devices: Vec::new(), length_ms: 10_000 };
+        let message = v1::RunnerMessage { message: Some(v1::runner_message::Message::Load(load)) };
+        self.say.send(message).await.unwrap();
+    }
+
     pub(super) async fn use_revision(&mut self, oldest: u64, current: u64) {
         let in_use = v1::runner_message::Message::InUse(v1::RevisionsInUse { oldest, current });
         self.say.send(v1::RunnerMessage { message: Some(in_use) }).await.unwrap();
@@ -378,6 +427,8 @@ pub(super) fn placement(devices: u32) -> ExpertPlacement {
         vendor_formats: BTreeMap::new(),
         non_expert_bytes: Bytes(0),
         kv_budget_bytes: Bytes(0),
+        expert_loads: Vec::new(),
+        speeds: Vec::new(),
         weights: Weights { uri: "file:///models/v3-tiny".to_owned(), digest: String::new() },
         devices: DeviceChoice { per_instance: Some(devices), ..DeviceChoice::default() },
         redundancy: Redundancy { survive: Survive::Node, extra_replicas: 0 },
@@ -389,5 +440,14 @@ pub(super) fn placement(devices: u32) -> ExpertPlacement {
     object.metadata.namespace = Some("models".to_owned());
     object.metadata.uid = Some("6c1f".to_owned());
     object.metadata.generation = Some(1);
+    object
+}
+
+/// A placement of a model of V3's shape, but narrow, on `devices` devices.
+pub(super) fn large(devices: u32) -> ExpertPlacement {
+    let mut object = placement(devices);
+    let geometry = &mut object.spec.geometry;
+    (geometry.layers, geometry.dense_layers, geometry.experts, geometry.top_k) = (61, 3, 256, 8);
+    (geometry.groups, geometry.groups_kept) = (8, 4);
     object
 }
