@@ -1,9 +1,10 @@
 //! What people see, as golden texts: two deployments on two nodes, one device lost. And what programs read.
 
-use berth_crds::{AcceleratorNode, ExpertPlacement, PlacementMap};
+use berth_crds::{AcceleratorNode, ExpertPlacement, PlacementMap, expert_placement::PlanDecision};
 use serde_json::{Value, json};
 
 use crate::{
+    explain,
     placement::{self, DiffView, Shown, devices},
     status::{self, Objects},
     top::{self, Held, Kind, Sort},
@@ -205,6 +206,90 @@ fn top_sums_devices_nodes_and_models() {
     let unknown = [Held { placement: placed(0), maps: Vec::new() }];
     let text = top::text(&top::view(Kind::Devices, Sort::Name, &devices, &unknown));
     assert!(text.contains("not counted") && text.contains("models/v3-0"), "{text}");
+}
+
+/// A placement that was evened out, with what its scheduler says of that.
+fn evened_out() -> ExpertPlacement {
+    let mut object = placed(0);
+    let decision = |seconds: i64, outcome: &str, cause: &str, revisions: [u64; 2], why: &str| {
+        let time = k8s_openapi::jiff::Timestamp::from_second(NOW - seconds).unwrap();
+        json!({"time": time.to_string(), "outcome": outcome, "cause": cause, "fromRevision": revisions[0],
+            "revision": revisions[1], "why": why})
+    };
+    let moved =
+        "re-plan r1 -> r2 (the load has drifted): balance 0.71 -> 0.94, moves 3 replicas (264.2 MB), pays back in 40 s";
+    let kept = "kept r2: balance 0.94; nothing moves: the slowest device is 0.31 % above its bound";
+    let status = object.status.as_mut().unwrap();
+    status.why = moved.to_owned();
+    status.certificate = Some(read(json!({"revision": 2, "makespan": 1.064, "bound": 1.061, "gap": 0.003,
+        "limit": "layer 2 is the slowest, at 1.120 of the ideal: one more slot for expert 1 would make that 1.031",
+        "loads": "7 load windows", "speeds": "none declared: every device alike", "sharing": "by weight",
+        "survives": "node"})));
+    status.decisions = [
+        decision(40, "Kept", "rebalance", [2, 2], kept),
+        decision(300, "Moved", "rebalance", [1, 2], moved),
+        decision(
+            3600,
+            "Moved",
+            "first",
+            [0, 1],
+            "first placement r1 (nothing was assigned): moves 12 replicas (1.0 GB)",
+        ),
+    ]
+    .map(read::<PlanDecision>)
+    .into();
+    object
+}
+
+#[test]
+fn an_explanation_says_what_was_chosen_how_good_it_is_and_why() {
+    let known = devices(&[node("gpu-01", false), node("gpu-02", true)]);
+    let copies = explain::copies(&maps()[1], (1, 3)).unwrap();
+    let subject = explain::Subject {
+        deployment: Some(deployment("v3", true)),
+        placements: vec![(evened_out(), Some(copies))],
+        devices: known,
+    };
+    let view = explain::view(&subject, NOW);
+    golden("explain", &explain::text(&view));
+    let view = serde_json::to_value(view).unwrap();
+    assert_eq!(view["waits"], json!([]));
+    assert_eq!(view["instances"][0]["decisions"][1]["outcome"], "Moved");
+    assert_eq!(view["instances"][0]["certificate"]["sharing"], "by weight");
+    assert_eq!(view["instances"][0]["copies"]["slots"][0]["slot"], 1);
+}
+
+#[test]
+fn an_explanation_of_what_waits_begins_with_the_dominant_reason() {
+    let subject = explain::Subject { deployment: Some(deployment("v4-pro", false)), ..explain::Subject::default() };
+    let text = explain::text(&explain::view(&subject, NOW));
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[1].starts_with("WAITS       v4-pro CapacityShort: needs 32 devices"), "{text}");
+    assert!(text.ends_with("no instance was made yet"), "{text}");
+}
+
+#[test]
+fn what_is_asked_for_and_is_not_there_is_named() {
+    for (asked, words) in [((9, 0), "the model's expert layers are 1, 2"), ((1, 99), "layer 1 has no such expert")] {
+        assert!(explain::copies(&maps()[1], asked).unwrap_err().to_string().contains(words));
+    }
+    let all = || (vec![deployment("v3", true)], vec![placed(0)]);
+    for name in ["v3", "models/v3", "v3-0"] {
+        let (deployments, placements) = all();
+        let (_, chosen) = explain::choose(deployments, placements, name, None).unwrap();
+        assert_eq!(chosen.len(), 1, "{name}");
+    }
+    let (deployments, placements) = all();
+    assert!(explain::choose(deployments, placements, "v9", None).unwrap_err().to_string().contains("models/v3-0"));
+}
+
+#[test]
+fn a_difference_says_why_it_was_made() {
+    let ([before, after], placement) = (maps(), evened_out());
+    let nodes = [node("gpu-01", false), node("gpu-02", true)];
+    let shown = Shown { placement: &placement, map: &after, devices: &devices(&nodes) };
+    let text = placement::diff_text(&placement::diff(&shown, &before, None));
+    assert!(text.contains("why: re-plan r1 -> r2") && text.contains("bound 1.061, gap 0.3 %; layer 2"), "{text}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod agent;
 mod bench;
 mod cluster;
 mod devices;
+mod explain;
 mod fleet;
 mod generate;
 #[cfg(test)]
@@ -71,6 +72,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Who holds how much: devices, nodes or models of a cluster.
     Top(top::TopArgs),
+    /// Why a deployment's experts are where they are, how good that is, and what waits.
+    Explain(explain::ExplainArgs),
     /// Which device holds what of a placement, and what a revision changed.
     Placement(placement::PlacementArgs),
 }
@@ -102,6 +105,7 @@ fn main() -> ExitCode {
         Command::Profile(args) => profile::run(args),
         Command::Status(args) => status::run(&args),
         Command::Top(args) => top::run(args),
+        Command::Explain(args) => explain::run(args),
         Command::Placement(args) => placement::run(args),
     };
     verdict::exit(outcome)

@@ -7,7 +7,7 @@ mod find;
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, bail};
-use berth_crds::{AcceleratorNode, ExpertPlacement, PlacementMap};
+use berth_crds::{AcceleratorNode, ExpertPlacement, PlacementMap, expert_placement::PlanCertificate};
 use berth_planner::Layout;
 use berth_scheduler::index::from_map;
 use berth_types::{Bytes, DeviceId, ExpertId, LayerId, Revision, Vendor};
@@ -69,6 +69,8 @@ pub(crate) struct PlacementView {
     balancedness: Option<f64>,
     experts_lost: u64,
     why: String,
+    /// How good the assigned revision is.
+    certificate: Option<PlanCertificate>,
     devices: Vec<DeviceRow>,
 }
 
@@ -195,8 +197,16 @@ pub(crate) fn view(shown: &Shown<'_>, layer: Option<u32>) -> PlacementView {
         balancedness: status.balancedness,
         experts_lost: status.experts_lost,
         why: status.why,
+        certificate: status.certificate,
         devices,
     }
+}
+
+/// A certificate in one line.
+pub(crate) fn certified(certificate: &PlanCertificate) -> String {
+    let PlanCertificate { makespan, bound, gap, limit, .. } = certificate;
+    let limit = if limit.is_empty() { String::new() } else { format!("; {limit}") };
+    format!("slowest device {makespan:.3} of the ideal, bound {bound:.3}, gap {:.1} %{limit}", gap * 100.0)
 }
 
 /// A revision for people.
@@ -219,6 +229,7 @@ pub(crate) fn text(view: &PlacementView) -> String {
         if !view.why.is_empty() {
             lines.push(format!("why: {}", view.why));
         }
+        lines.extend(view.certificate.as_ref().map(certified));
     } else {
         lines.push(format!("assigned is revision {}", view.assigned_revision));
     }

@@ -9,6 +9,7 @@ use anyhow::bail;
 use berth_crds::{
     AcceleratorNode, CapacityQueue, ExpertPlacement, LABEL_DEPLOYMENT, ModelDeployment,
     conditions::{ConditionType, is_true},
+    expert_placement::{PlanCertificate, PlanDecision},
 };
 use clap::Args;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -102,6 +103,9 @@ struct InstanceRow {
     devices: usize,
     nodes: usize,
     why: String,
+    certificate: Option<PlanCertificate>,
+    /// The newest first.
+    decisions: Vec<PlanDecision>,
 }
 
 #[derive(Debug, Serialize)]
@@ -336,6 +340,8 @@ fn instance_row(object: &ExpertPlacement) -> InstanceRow {
         devices: devices.len(),
         nodes: nodes.len(),
         why: status.why,
+        certificate: status.certificate,
+        decisions: status.decisions,
     }
 }
 

@@ -174,6 +174,13 @@ async fn everything_is_shown(view: &View, name: &str, deployment: &str) {
         let placement = view.ask(&format!("placement {asked} -n {NAMESPACE} -o json")).await.json();
         assert_eq!((placement["revision"].as_u64(), placement["expertBytes"].as_u64()), (Some(1), Some(held)));
     }
+    let explained = view.ask(&format!("explain {deployment} -n {NAMESPACE} -o json")).await.json();
+    assert_eq!(explained["waits"], json!([]), "{explained}");
+    let instance = &explained["instances"][0];
+    assert_eq!((instance["revision"].as_u64(), instance["decisions"][0]["cause"].as_str()), (Some(1), Some("first")));
+    assert!(instance["certificate"]["bound"].as_f64().is_some_and(|bound| bound >= 1.0), "{explained}");
+    let copies = view.ask(&format!("explain {name} -n {NAMESPACE} --layer 1 --expert 3")).await;
+    assert!(copies.code == 0 && copies.out.contains("expert    3 of layer 1, revision 1: gpu-0"), "{copies:?}");
     let same = view.ask(&format!("placement {name} -n {NAMESPACE} --diff 1")).await;
     assert!(same.code == 0 && same.out.contains("no change"), "{same:?}");
 }

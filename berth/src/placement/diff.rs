@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_crds::PlacementMap;
+use berth_crds::{PlacementMap, expert_placement::PlanCertificate};
 use berth_planner::Layout;
 use berth_scheduler::index::from_map;
 use berth_types::{Bytes, DeviceId, ExpertId, LayerId};
@@ -28,6 +28,10 @@ pub(crate) struct DiffView {
     moved_bytes: u64,
     /// Replicas that stay where they are.
     kept: usize,
+    /// Why the revision was made, if that is still known.
+    why: String,
+    /// How good it is, if it is the assigned one.
+    certificate: Option<PlanCertificate>,
     devices: Vec<DeviceChange>,
 }
 
@@ -100,8 +104,13 @@ pub(crate) fn diff(shown: &Shown<'_>, before: &PlacementMap, layer: Option<u32>)
             moves: moves(had, has),
         });
     }
+    let to = shown.map.spec.revision;
+    let status = shown.placement.status.clone().unwrap_or_default();
+    let made = status.decisions.into_iter().find(|decision| decision.revision == to && decision.from_revision < to);
     DiffView {
         schema: "berth.dev/placement-diff/v1",
+        why: made.map(|decision| decision.why).unwrap_or_default(),
+        certificate: status.certificate.filter(|certificate| certificate.revision == to),
         namespace: shown.placement.namespace().unwrap_or_default(),
         name: shown.placement.name_any(),
         from_revision: before.spec.revision,
@@ -127,8 +136,7 @@ fn moves(had: &Held, has: &Held) -> Vec<Move> {
 
 /// A difference for people.
 pub(crate) fn text(view: &DiffView) -> String {
-    let DiffView { schema: _, namespace, name, from_revision, to_revision, loads, drops, moved_bytes, kept, devices } =
-        view;
+    let DiffView { namespace, name, from_revision, to_revision, loads, drops, moved_bytes, kept, devices, .. } = view;
     let head = format!("{namespace}/{name}   revision {from_revision} -> {to_revision}");
     if devices.is_empty() {
         return format!("{head}: no change");
@@ -149,7 +157,10 @@ pub(crate) fn text(view: &DiffView) -> String {
         ]);
     }
     let sum = format!("{loads} replicas load ({}), {drops} drop, {kept} stay", Bytes(*moved_bytes));
-    let mut text = format!("{head}\n{sum}\n\n{table}");
+    let why = Some(&view.why).filter(|why| !why.is_empty()).map(|why| format!("why: {why}\n"));
+    let certified = view.certificate.as_ref().map(|certificate| super::certified(certificate) + "\n");
+    let reasons = why.into_iter().chain(certified).collect::<String>();
+    let mut text = format!("{head}\n{sum}\n{reasons}\n{table}");
     for change in devices.iter().filter(|change| !change.moves.is_empty()) {
         text.push_str(&format!("\n{}\n", change.device));
         for Move { layer, loads, drops } in &change.moves {
