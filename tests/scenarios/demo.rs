@@ -41,6 +41,7 @@ fn assert_repaired(report: &Report) {
         assert!(fault.repaired_ms > 0.0, "{fault:?}");
     }
     assert_eq!(report.fault.len(), [FLEET.nvidia, FLEET.ascend].into_iter().filter(|nodes| *nodes > 0).count());
+    assert_evened_out(report);
     let drain = report.drain.as_ref().unwrap();
     assert!(drain.requests > 0 && drain.failed_requests == 0, "{drain:?}");
     assert_eq!(report.returned.len(), report.fault.len());
@@ -48,6 +49,17 @@ fn assert_repaired(report: &Report) {
         assert_eq!(returned.devices, fault.devices);
         assert!(returned.used_ms >= returned.healthy_ms, "{returned:?}");
     }
+}
+
+/// The balance is what the runner counted before and after, whatever the plan expected.
+fn assert_evened_out(report: &Report) {
+    let moved = report.rebalance.as_ref().unwrap();
+    assert!(moved.balancedness_after > moved.balancedness_before + 0.1, "{moved:?}");
+    // The plan was made for a window that other prompts may have a part in.
+    assert!(moved.expected_after.is_some_and(|expected| moved.balancedness_after > expected - 0.2), "{moved:?}");
+    assert_eq!((moved.failed_requests, moved.revision_after), (0, moved.revision_before + 1), "{moved:?}");
+    assert!(moved.requests > 0 && moved.moved_replicas > 0 && moved.moved_bytes > 0, "{moved:?}");
+    assert!(moved.why.starts_with("re-plan r") && moved.why.contains("pays back in"), "{moved:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -87,6 +87,14 @@ fn judge(report: &Report) -> Result<String, String> {
             ));
         }
     }
+    if let Some(moved) = report.rebalance.as_ref()
+        && (moved.failed_requests > 0 || moved.balancedness_after <= moved.balancedness_before)
+    {
+        return Err(format!(
+            "replicas moved for balance, and it went from {:.2} to {:.2} while {} requests failed",
+            moved.balancedness_before, moved.balancedness_after, moved.failed_requests
+        ));
+    }
     if let Some(drain) = report.drain.as_ref().filter(|drain| drain.failed_requests > 0) {
         return Err(format!("{} requests failed while {} was drained", drain.failed_requests, drain.node));
     }

@@ -141,13 +141,13 @@ fn count(number: usize) -> u64 {
 }
 
 /// Prompts that go on, one after the other, until they are told to end.
-struct Serving {
+pub(super) struct Serving {
     ended: Arc<AtomicBool>,
     answers: tokio::task::JoinHandle<Result<Vec<Answer>>>,
 }
 
 impl Serving {
-    fn start(runner: &Runner, case: &Case) -> Self {
+    pub(super) fn start(runner: &Runner, case: &Case) -> Self {
         let ended = Arc::<AtomicBool>::default();
         let (runner, case, until) = (runner.clone(), case.clone(), Arc::clone(&ended));
         let answers = tokio::spawn(async move {
@@ -160,7 +160,7 @@ impl Serving {
         Self { ended, answers }
     }
 
-    async fn end(self) -> Result<Vec<Answer>> {
+    pub(super) async fn end(self) -> Result<Vec<Answer>> {
         self.ended.store(true, Ordering::Relaxed);
         self.answers.await.map_err(|error| Error::Runner { doing: "serve".into(), why: error.to_string() })?
     }

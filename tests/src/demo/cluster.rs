@@ -111,6 +111,18 @@ impl Cluster {
         self.plane.kubectl(args).await
     }
 
+    /// What `berth` answers to a question about the cluster.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn ask(&self, args: &[&str]) -> Result<String> {
+        let mut command = tokio::process::Command::new(&self.berth);
+        command.args(args).arg("--kubeconfig").arg(self.plane.kubeconfig());
+        let answer = command.output().await;
+        let answer = answer.map_err(|source| Error::Start { program: format!("berth {}", args.join(" ")), source })?;
+        Ok([answer.stdout, answer.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat())
+    }
+
     /// Installs the chart.
     ///
     /// # Errors

@@ -122,7 +122,10 @@ async fn watch_repair(
             loss.driver_notices()?;
             noticed = true;
         }
-        let stepped = state.revision > before.revision && state.revision_since_unix_ms > 0;
+        // A revision that was made for something else, shortly before, may still name what is lost.
+        let without =
+            state.devices.iter().all(|device| loss.devices().iter().all(|lost| lost.as_str() != device.device));
+        let stepped = state.revision > before.revision && state.revision_since_unix_ms > 0 && without;
         if stepped && state.rerouted_unix_ms > before.rerouted_unix_ms {
             return Ok(Seen { started, state });
         }

@@ -9,12 +9,13 @@ pub mod objects;
 mod progress;
 pub mod prompts;
 mod report;
+mod skew;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use berth_crds::ModelDeployment;
-use berth_types::Vendor;
+use berth_types::{DeviceId, Vendor};
 use serde_json::json;
 
 use crate::{Error, Result};
@@ -23,7 +24,7 @@ use nodes::{Fleet, Loss};
 use progress::Progress;
 use prompts::{Case, Runner};
 
-pub use report::{DrainReport, FaultReport, PlacementReport, PromptReport, Report, ReturnReport};
+pub use report::{DrainReport, FaultReport, PlacementReport, PromptReport, RebalanceReport, Report, ReturnReport};
 
 /// Longest time for each thing that is waited for.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -106,7 +107,10 @@ async fn serve(
     let mut report = Report::default();
     progress.step("prompts_before", "serving prompts");
     serve_all(&runner, cases, "before", &mut report, progress).await?;
-    let long = long_case(&runner, cases, prompts::context(checkpoint)?).await?;
+    let context = prompts::context(checkpoint)?;
+    progress.step("skew", "the same words over and over: a few experts get all the load, until replicas move");
+    skew::even_out(&runner, cluster, cases, context, &mut report, progress).await?;
+    let long = long_case(&runner, cases, context).await?;
 
     progress.step("single_vendor", "deployments that do not declare to span vendors");
     let mut single = vec![("single-vendor", json!({"perInstance": 2}))];
@@ -188,7 +192,7 @@ async fn long_case(runner: &Runner, cases: &[Case], context: usize) -> Result<Ca
     Ok(Case { prompt_ids: case.prompt_ids.clone(), expected: Some(answer.ids), max_tokens })
 }
 
-/// Loses a device of `vendor` that the placement uses, and all that is on its card, in the middle of a prompt.
+/// Loses the device of `vendor` that answers most of the prompt, and all that is on its card, in the middle of it.
 async fn lose(
     cluster: &Cluster,
     vendor: Vendor,
@@ -201,7 +205,11 @@ async fn lose(
     let before = objects::placement(client).await?.status.unwrap_or_default();
     let devices = before.assignment.map(|assignment| assignment.devices).unwrap_or_default();
     let known = objects::vendors(client).await?;
-    let device = devices.into_iter().find(|device| known.get(device) == Some(&vendor));
+    let answered = skew::answered(runner, long).await?;
+    let tokens = |device: &DeviceId| answered.get(device.as_str()).copied().unwrap_or(0);
+    let of_vendor = devices.into_iter().filter(|device| known.get(device) == Some(&vendor));
+    // Of those that answer as much the first.
+    let device = of_vendor.rev().max_by_key(tokens);
     let device = device.ok_or_else(|| Error::Runner {
         doing: "choose a device to lose".into(),
         why: format!("the placement uses no device of {vendor}"),

@@ -19,6 +19,9 @@ pub struct Report {
     pub placement: PlacementReport,
     /// Every fault.
     pub fault: Vec<FaultReport>,
+    /// What a skewed load led to, once it did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rebalance: Option<RebalanceReport>,
     /// The node that was drained, once it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainReport>,
@@ -82,6 +85,33 @@ pub struct FaultReport {
     pub retried_requests: u64,
     /// Expert calls that lost devices refused.
     pub refused_calls: u64,
+}
+
+/// Replicas that moved because the load had drifted.
+#[derive(Debug, Clone, Serialize)]
+pub struct RebalanceReport {
+    /// Revision before.
+    pub revision_before: u64,
+    /// Revision after.
+    pub revision_after: u64,
+    /// Mean over layers of mean ÷ max device load under the skewed load before, as the runner counted it.
+    pub balancedness_before: f64,
+    /// The same on the revision after, under the same load.
+    pub balancedness_after: f64,
+    /// What the plan expected it to be.
+    pub expected_after: Option<f64>,
+    /// Replicas that devices loaded for it.
+    pub moved_replicas: u64,
+    /// Bytes of those replicas.
+    pub moved_bytes: u64,
+    /// Seconds until the gain has paid for the moves.
+    pub pays_back_s: Option<f64>,
+    /// The scheduler's reason.
+    pub why: String,
+    /// Requests that were served meanwhile.
+    pub requests: u64,
+    /// Requests among them that failed or gave other tokens than the first.
+    pub failed_requests: u64,
 }
 
 /// A node that was cordoned.
