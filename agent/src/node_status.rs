@@ -282,7 +282,8 @@ impl NodeStatus {
     }
 }
 
-/// Whether `now` says no more than what was written: notes and refined evidence go up the stream alone.
+/// Whether `now` says no more than what was written: notes and refined evidence go up the stream alone, and a state that
+/// did not change holds as long as it did, whatever the wall clock made of it.
 fn says_nothing_new(written: &AcceleratorNodeStatus, now: &AcceleratorNodeStatus) -> bool {
     let (mut written, mut now) = (written.clone(), now.clone());
     for status in [&mut written, &mut now] {
@@ -290,7 +291,10 @@ fn says_nothing_new(written: &AcceleratorNodeStatus, now: &AcceleratorNodeStatus
         if let Some(node) = &mut status.node {
             node.evidence.clear();
         }
-        status.devices.iter_mut().for_each(|device| device.evidence.clear());
+        for device in &mut status.devices {
+            device.evidence.clear();
+            device.since = None;
+        }
     }
     written == now
 }

@@ -132,7 +132,20 @@ impl Bench {
         super::install_definitions(&client).await?;
         fleet::make_nodes(&client, options.agents).await?;
         let fleet = Fleet::new(&plane, options.devices).await?;
-        Ok(Self { plane, objects: Api::all(client), fleet, options })
+        let bench = Self { plane, objects: Api::all(client), fleet, options };
+        bench.served().await?;
+        Ok(bench)
+    }
+
+    /// Waits until the API server has made room for the new kind: until then it answers 429 to whoever asks.
+    async fn served(&self) -> Result<()> {
+        let listed = async {
+            while self.objects.list(&ListParams::default().match_any()).await.is_err() {
+                tokio::time::sleep(LOG_LAG).await;
+            }
+        };
+        let late = |_| Error::Wait { what: "a served kind".into(), waited: SETTLE_LIMIT, state: "refused".into() };
+        tokio::time::timeout(SETTLE_LIMIT, listed).await.map_err(late)
     }
 
     fn sample(&self, component: &str) -> Result<Sample> {
