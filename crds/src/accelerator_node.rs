@@ -62,7 +62,8 @@ pub struct AcceleratorNodeSpec {
         extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["device"])
     )]
     pub cordoned_devices: Vec<CordonedDevice>,
-    /// Orders to the agent: resets.
+    /// Orders to the agent: resets, and reboots where they are allowed. One that is taken out before it started is
+    /// cancelled.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 64),
@@ -90,7 +91,7 @@ pub struct Holder {
     pub devices: u64,
 }
 
-/// One device taken out by hand.
+/// One device taken out: by hand, or by the operator, whose reasons begin with `remediation `.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct CordonedDevice {
@@ -119,6 +120,71 @@ pub struct Order {
     pub action: Action,
     /// Given up after this time.
     pub deadline: Time,
+    /// Why, for people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[schemars(length(max = 512))]
+    pub reason: String,
+}
+
+/// How far an order is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub enum OrderPhase {
+    /// Seen, not begun: the message says what it waits for.
+    Pending,
+    /// Being carried out; it cannot be cancelled any more.
+    Started,
+    /// Carried out. Whether the device is well again, its health says after validation.
+    Succeeded,
+    /// Tried, or refused.
+    Failed,
+    /// Taken out of the spec before it started.
+    Cancelled,
+    /// Its deadline passed before it started.
+    Expired,
+}
+
+impl OrderPhase {
+    /// Whether nothing more will happen.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        !matches!(self, Self::Pending | Self::Started)
+    }
+
+    /// The word in the object.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "Pending",
+            Self::Started => "Started",
+            Self::Succeeded => "Succeeded",
+            Self::Failed => "Failed",
+            Self::Cancelled => "Cancelled",
+            Self::Expired => "Expired",
+        }
+    }
+}
+
+/// What became of one order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OrderStatus {
+    /// The order's.
+    pub id: String,
+    /// The order's.
+    pub device: DeviceId,
+    /// The order's.
+    pub action: Action,
+    /// How far it is.
+    pub phase: OrderPhase,
+    /// When it was begun.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<Time>,
+    /// When nothing more would happen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finished: Option<Time>,
+    /// What it waits for, or how it ended.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub message: String,
 }
 
 /// What the agent sees.
@@ -144,6 +210,10 @@ pub struct AcceleratorNodeStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["device"]))]
     pub devices: Vec<DeviceStatus>,
+    /// Orders: those of the spec, then the last 16 that ended. An id that is here is not carried out again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["id"]))]
+    pub orders: Vec<OrderStatus>,
     /// Printed columns.
     #[serde(default)]
     pub summary: NodeSummary,
@@ -225,6 +295,9 @@ pub struct DeviceStatus {
     /// Devices with the same card fail together.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub card: String,
+    /// Devices of the node with the same group can only be reset together; empty = it resets alone.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reset_group: String,
     /// Health.
     pub health: Health,
     /// Admission.
@@ -250,4 +323,8 @@ pub struct DeviceStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub computes: Vec<WeightFormat>,
+    /// Placements whose experts its worker holds; told only while the device is not Schedulable, which is when it
+    /// matters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub holds: Vec<String>,
 }

@@ -66,6 +66,7 @@ fn object(sequence: u64, admission: Admission, spec: AcceleratorNodeSpec) -> Acc
             memory_bytes: Bytes(1 << 30),
             interconnect_domain: None,
             card: String::new(),
+            reset_group: String::new(),
             health: Word::Healthy,
             admission,
             action: Action::None,
@@ -75,6 +76,7 @@ fn object(sequence: u64, admission: Admission, spec: AcceleratorNodeSpec) -> Acc
             since: None,
             worker: String::new(),
             computes: Vec::new(),
+            holds: Vec::new(),
         }],
         ..AcceleratorNodeStatus::default()
     };
