@@ -237,6 +237,34 @@ fn answer(symbol: &str, card: c_int, device: c_int, read: impl FnOnce(&mut Devic
     })
 }
 
+/// A reset of a device: refused as any call on it, else all that goes with it is well, and a line beside the script says
+/// that it was asked for.
+fn reset(symbol: &str, card: c_int, device: c_int) -> c_int {
+    let code = answer(symbol, card, device, |_| Ok(()));
+    if let Some(script) = std::env::var_os("BERTH_DOUBLE_SCRIPT") {
+        let path = format!("{}.resets", std::path::Path::new(&script).display());
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        let line = format!("{card}.{device}{}\n", if code == OK { "" } else { " refused" });
+        let _ = file.and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()));
+    }
+    if code == OK {
+        instance().call(|_| 0, |state| state.reset(card));
+    }
+    code
+}
+
+/// Resets a device.
+#[unsafe(no_mangle)]
+pub extern "C" fn dcmi_set_device_reset(card: c_int, device: c_int, _: c_int) -> c_int {
+    reset("dcmi_set_device_reset", card, device)
+}
+
+/// Resets a device of the second generation.
+#[unsafe(no_mangle)]
+pub extern "C" fn dcmiv2_reset_device(device: c_int, _: c_int) -> c_int {
+    reset("dcmiv2_reset_device", device, 0)
+}
+
 /// One call on the library: its generation, its hang, its refusal, else `read`.
 fn whole(symbol: &str, read: impl FnOnce(&mut State) -> Result<(), c_int>) -> c_int {
     let read = |state: &mut State| state.admit(symbol).and_then(|()| read(state));

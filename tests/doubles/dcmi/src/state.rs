@@ -180,6 +180,19 @@ impl State {
         1
     }
 
+    /// What a reset of one device does: its card, and the card that shares its network port, start anew and are well.
+    pub fn reset(&mut self, card: i32) {
+        let brother = self.devices.iter().find(|device| device.header.card == card).and_then(|device| device.header.brother);
+        for device in &mut self.devices {
+            let along = device.header.card == card || Some(device.header.card) == brother;
+            if along {
+                (device.health, device.network, device.boot) = (Value::Number(0), Value::Number(0), Value::Number(16));
+                (device.codes, device.next_isolated) = (Codes::default(), Value::Number(0));
+                device.returns.clear();
+            }
+        }
+    }
+
     /// The first event that `wanted` takes.
     pub fn next(&mut self, wanted: impl Fn(&Event) -> bool) -> Option<Event> {
         let at = self.queue.iter().position(wanted)?;
@@ -302,6 +315,18 @@ mod tests {
             Event::Switch(_) => (0, 0),
         });
         assert_eq!(serials.collect::<Vec<_>>(), [(7, 1), (7, 2)]);
+    }
+
+    #[test]
+    fn a_reset_makes_the_whole_card_well() {
+        let mut state = state();
+        let line = r#"{"dcmi":[3,1],"set":{"health":3,"error_codes":["0x80E01801"],"return":{"dcmi_x":-8012}}}"#;
+        apply(&mut state, line).unwrap();
+        state.reset(4);
+        assert_eq!(state.devices[0].health.get(), Ok(3));
+        state.reset(3);
+        let device = &state.devices[0];
+        assert_eq!((device.health.get(), &device.codes, device.admit("dcmi_x")), (Ok(0), &Codes::default(), Ok(())));
     }
 
     #[test]
