@@ -10,6 +10,8 @@
 //! The agent is a supervisor: it has no device context, plans nothing, and orders no reset. A vendor call
 //! that hangs, a worker that dies and a scheduler that is away each cost what they are, and nothing else.
 
+pub mod docket;
+pub mod executor;
 pub mod health;
 pub mod host;
 pub mod metrics;
@@ -37,16 +39,17 @@ use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use executor::{Executor, Told, Tools};
 use health::{device::Settings, fact::Local, kmsg::KernelLog, ledger::Report, log, tail::Tail};
 use host::Host;
 use metrics::Metrics;
 use node::{Keeper, Snapshot};
-use node_status::NodeStatus;
+use node_status::{NodeStatus, OrderBook};
 use orders::{Desired, Wanted};
 use probe::Prober;
 use published::Publisher;
 use report::{Leader, Reporter};
-use vendor::{Bells, Facts, dcmi, nvml};
+use vendor::{Bells, Facts, dcmi, grip::Grip, nvml};
 use vitals::{Board, Holder};
 use workers::{View, WorkerConfig, Workers};
 
@@ -78,6 +81,10 @@ pub struct Config {
     pub lingqu_library: Option<OsString>,
     /// Where the kernel lists PCI devices.
     pub pci_devices: PathBuf,
+    /// NVIDIA's program that resets a device: `nvidia-smi`.
+    pub nvidia_smi: PathBuf,
+    /// Program and arguments that boot the node again; empty = the agent may not.
+    pub reboot: Vec<String>,
     /// How workers are started.
     pub worker: WorkerConfig,
     /// How health is judged.
@@ -209,6 +216,8 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         dcmi_library,
         lingqu_library,
         pci_devices,
+        nvidia_smi,
+        reboot,
         worker,
         health,
         compatible,
@@ -226,7 +235,9 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         tracing::warn!(%error, "the Node cannot be read: the number of devices is not checked");
         node_status::Expected::default()
     });
-    let libraries = Libraries { nvml: nvml_library, dcmi: dcmi_library, lingqu: lingqu_library };
+    let tools = Tools { nvidia_smi, dcmi_library: dcmi_library.clone(), reboot };
+    let grip = Grip::default();
+    let libraries = Libraries { nvml: nvml_library, dcmi: dcmi_library, lingqu: lingqu_library, grip: grip.clone() };
     let (nvml, dcmi) = libraries.vendors(&pci_devices, &expected);
     let (log, _log_stop) = open_log(&kernel_log);
     // Workers end first; what tells of it stays until they have.
@@ -254,8 +265,10 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     };
     organs.keep("prober", Box::pin(prober.run(organs.last.clone())));
     let backend = worker.backend;
-    let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id, uptime_ms, backend };
-    let speech = Speech { clock, node, client, scheduler_lease, metrics };
+    let publisher =
+        Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id.clone(), uptime_ms, backend };
+    let means = Means { tools, grip, boot_id: host.boot_id };
+    let speech = Speech { clock, node, client, scheduler_lease, metrics, means };
     organs.join(speech, publisher, worker, observation);
     Ok(part.finish().await?)
 }
@@ -265,6 +278,7 @@ struct Libraries {
     nvml: Option<OsString>,
     dcmi: Option<OsString>,
     lingqu: Option<OsString>,
+    grip: Grip,
 }
 
 impl Libraries {
@@ -275,11 +289,11 @@ impl Libraries {
         pci_devices: &std::path::Path,
         expected: &node_status::Expected,
     ) -> (Option<nvml::watch::WatchConfig>, Option<dcmi::watch::WatchConfig>) {
-        let Self { nvml, dcmi, lingqu } = self;
+        let Self { nvml, dcmi, lingqu, grip } = self;
         let kernel_lists = host::nvidia_devices(pci_devices);
         let ascend = dcmi.is_some() || expected.ascend.is_some() || !host::ascend_devices(pci_devices).is_empty();
         let nvidia = nvml.is_some() || expected.nvidia.is_some() || !kernel_lists.is_empty() || !ascend;
-        let nvml = nvml::watch::WatchConfig { library: nvml, kernel_lists, expected: expected.nvidia };
+        let nvml = nvml::watch::WatchConfig { library: nvml, kernel_lists, expected: expected.nvidia, grip };
         let dcmi = dcmi::watch::WatchConfig { library: dcmi, switch_library: lingqu, expected: expected.ascend };
         (nvidia.then_some(nvml), ascend.then_some(dcmi))
     }
@@ -299,6 +313,14 @@ struct Speech {
     client: Client,
     scheduler_lease: (String, String),
     metrics: Metrics,
+    means: Means,
+}
+
+/// What orders are carried out with.
+struct Means {
+    tools: Tools,
+    grip: Grip,
+    boot_id: String,
 }
 
 impl Organs {
@@ -312,7 +334,7 @@ impl Organs {
 
     /// Joins what watches, what speaks and what works by watch channels.
     fn join(&self, speech: Speech, publisher: Publisher, worker: WorkerConfig, observation: Observation) {
-        let Speech { clock, node, client, scheduler_lease: (namespace, name), metrics } = speech;
+        let Speech { clock, node, client, scheduler_lease: (namespace, name), metrics, means } = speech;
         let Observation { snapshots, facts } = observation;
         let (wanted, see_wanted) = watch::channel(Wanted::default());
         let (view, see_view) = watch::channel(View::default());
@@ -321,6 +343,9 @@ impl Organs {
         let last = &self.last;
         let publishing = publisher.run(snapshots.clone(), see_wanted.clone(), publish, last.clone());
         self.keep("published", Box::pin(publishing));
+        let (emptied, see_emptied) = watch::channel(BTreeSet::new());
+        let told = (see_wanted.clone(), snapshots.clone(), see_view.clone(), facts.clone());
+        let orders = self.carry_out(&clock, &node, means, told, emptied);
         let status = NodeStatus {
             clock: clock.clone(),
             client: client.clone(),
@@ -328,6 +353,7 @@ impl Organs {
             published: published.clone(),
             workers: see_view.clone(),
             wanted,
+            orders,
             metrics: metrics.clone(),
         };
         self.keep("node status", Box::pin(status.run(last.clone())));
@@ -349,6 +375,7 @@ impl Organs {
             snapshots,
             wanted: see_wanted,
             desired: see_desired,
+            emptied: see_emptied,
             facts,
             view,
             metrics,
@@ -360,6 +387,41 @@ impl Organs {
             last.cancel();
         };
         self.keep("workers", Box::pin(working));
+    }
+}
+
+/// What the executor of orders sees and tells.
+type Seen = (watch::Receiver<Wanted>, watch::Receiver<Option<Arc<Snapshot>>>, watch::Receiver<View>, Facts);
+
+impl Organs {
+    /// Starts the executor of orders; answers the other ends of what it tells.
+    fn carry_out(
+        &self,
+        clock: &Clock,
+        node: &NodeName,
+        Means { tools, grip, boot_id }: Means,
+        (wanted, snapshots, workers, facts): Seen,
+        emptied: watch::Sender<BTreeSet<Local>>,
+    ) -> OrderBook {
+        let (remember, remembered) = watch::channel(None);
+        let (tell, fates) = watch::channel(None);
+        let (record, recorded) = watch::channel(Arc::default());
+        let executor = Executor {
+            clock: clock.clone(),
+            node: node.clone(),
+            boot_id,
+            tools,
+            wanted,
+            remembered,
+            snapshots,
+            workers,
+            grip,
+            facts,
+            emptied,
+            told: Told { fates: tell, recorded },
+        };
+        self.keep("executor", Box::pin(executor.run(self.last.clone())));
+        OrderBook { fates, recorded: record, remembered: remember }
     }
 }
 

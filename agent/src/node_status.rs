@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use berth_crds::{
     AcceleratorNode, AcceleratorNodeSpec, AcceleratorNodeStatus,
-    accelerator_node::NodeSummary,
+    accelerator_node::{NodeSummary, OrderStatus},
     conditions::{self, ConditionType},
 };
 use berth_runtime::{Clock, clock::Elapsed};
@@ -27,7 +27,7 @@ use rand::Rng;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{metrics::Metrics, orders::Wanted, published::Published, workers::View};
+use crate::{docket::Remembered, metrics::Metrics, orders::Wanted, published::Published, workers::View};
 
 /// Field manager of everything written here.
 const MANAGER: &str = "berth-agent";
@@ -65,8 +65,21 @@ pub struct NodeStatus {
     pub workers: watch::Receiver<View>,
     /// Where the operator's will goes.
     pub wanted: watch::Sender<Wanted>,
+    /// Orders, as they are said and as they were.
+    pub orders: OrderBook,
     /// Counts.
     pub metrics: Metrics,
+}
+
+/// Orders on their way to the object and from it.
+#[derive(Debug)]
+pub struct OrderBook {
+    /// What became of each; `None` = nobody knows yet, what the object held is kept.
+    pub fates: watch::Receiver<Option<Arc<Vec<OrderStatus>>>>,
+    /// What the object holds.
+    pub recorded: watch::Sender<Arc<Vec<OrderStatus>>>,
+    /// What the object held when it was first seen.
+    pub remembered: watch::Sender<Option<Remembered>>,
 }
 
 impl std::fmt::Debug for NodeStatus {
@@ -135,13 +148,16 @@ impl NodeStatus {
                         }
                         changed
                     });
+                    self.orders.remember(object.status.as_ref());
                     seen.send_replace(Some(object));
                 }
                 Ok(Some(Event::Delete(_))) => {
                     seen.send_replace(None);
                     self.wanted.send_replace(Wanted::default());
                 }
-                Ok(Some(Event::Init | Event::InitDone)) => {}
+                Ok(Some(Event::Init)) => {}
+                // There is none, or it was seen just now.
+                Ok(Some(Event::InitDone)) => self.orders.remember(None),
                 Ok(None) => return,
                 Err(error) => tracing::warn!(%error, "watching the AcceleratorNode"),
             }
@@ -150,6 +166,11 @@ impl NodeStatus {
 
     async fn write(&self, api: &Api<AcceleratorNode>, mut known: watch::Receiver<Option<AcceleratorNode>>) {
         let (mut published, mut workers) = (self.published.clone(), self.workers.clone());
+        let mut fates = self.orders.fates.clone();
+        // What the object knows of orders must be read before it is written over.
+        if self.orders.remembered.subscribe().wait_for(Option::is_some).await.is_err() {
+            return;
+        }
         let mut last: Option<AcceleratorNodeStatus> = None;
         let mut retry = PACE;
         loop {
@@ -158,9 +179,10 @@ impl NodeStatus {
             let now = published.borrow_and_update().clone();
             let view = workers.borrow_and_update().clone();
             let object = known.borrow_and_update().clone();
+            let orders = fates.borrow_and_update().clone().unwrap_or_else(|| self.orders.memory());
             let outcome = match now {
                 Some(now) => {
-                    let status = self.status(&now, &view, last.as_ref(), object.as_ref());
+                    let status = self.status(&now, &view, &orders, last.as_ref(), object.as_ref());
                     let gone = object.is_none();
                     if last.as_ref().is_some_and(|last| says_nothing_new(last, &status)) && !gone {
                         Ok(())
@@ -168,6 +190,7 @@ impl NodeStatus {
                         let written = self.put(api, &status, gone).await;
                         if written.is_ok() {
                             last = Some(status);
+                            self.orders.recorded.send_replace(orders);
                         }
                         written
                     }
@@ -192,6 +215,7 @@ impl NodeStatus {
                 () = std::future::ready(()), if failed => {}
                 changed = published.changed() => if changed.is_err() { return },
                 changed = workers.changed() => if changed.is_err() { return },
+                changed = fates.changed() => if changed.is_err() { return },
                 changed = known.wait_for(Option::is_none), if object.is_some() => if changed.is_err() { return },
             }
         }
@@ -245,6 +269,7 @@ impl NodeStatus {
         &self,
         now: &Published,
         view: &View,
+        orders: &[OrderStatus],
         last: Option<&AcceleratorNodeStatus>,
         object: Option<&AcceleratorNode>,
     ) -> AcceleratorNodeStatus {
@@ -270,7 +295,8 @@ impl NodeStatus {
             sequence: now.sequence,
             agent: env!("CARGO_PKG_VERSION").to_owned(),
             node: Some(now.node_health()),
-            devices: now.device_status(|local| view.word(local)),
+            devices: now.device_status(view),
+            orders: orders.to_vec(),
             summary: summary(now),
             conditions: conditions::merge(
                 &before,
@@ -297,6 +323,28 @@ fn says_nothing_new(written: &AcceleratorNodeStatus, now: &AcceleratorNodeStatus
         }
     }
     written == now
+}
+
+impl OrderBook {
+    /// Keeps what the object knew at first sight, and nothing later: from then on this agent knows better.
+    fn remember(&self, status: Option<&AcceleratorNodeStatus>) {
+        self.remembered.send_if_modified(|remembered| {
+            let first = remembered.is_none();
+            if first {
+                let known = |status: &AcceleratorNodeStatus| Remembered {
+                    orders: status.orders.clone(),
+                    boot_id: status.boot_id.clone(),
+                };
+                *remembered = Some(status.map(known).unwrap_or_default());
+            }
+            first
+        });
+    }
+
+    fn memory(&self) -> Arc<Vec<OrderStatus>> {
+        let remembered = self.remembered.borrow();
+        Arc::new(remembered.as_ref().map(|remembered| remembered.orders.clone()).unwrap_or_default())
+    }
 }
 
 fn summary(now: &Published) -> NodeSummary {

@@ -3,7 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_crds::{AcceleratorNodeSpec, accelerator_node::CordonedDevice};
+use berth_crds::{
+    AcceleratorNodeSpec,
+    accelerator_node::{CordonedDevice, Order},
+};
 use berth_proto::{
     WireError,
     convert::{self, Shelf},
@@ -148,6 +151,8 @@ pub struct Wanted {
     pub drain: bool,
     /// Devices taken out by hand: why, by device.
     pub cordoned: BTreeMap<Local, String>,
+    /// Resets, and reboots.
+    pub orders: Vec<Order>,
     /// Generation of the spec.
     pub generation: Option<i64>,
 }
@@ -161,6 +166,7 @@ impl Wanted {
             native: spec.native,
             drain: spec.drain,
             cordoned: spec.cordoned_devices.iter().map(cordon).collect(),
+            orders: spec.orders.clone(),
             generation,
         }
     }

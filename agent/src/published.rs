@@ -7,7 +7,7 @@ use berth_crds::accelerator_node::{DeviceStatus, NodeHealth};
 use berth_kernels::{BackendKind, computes};
 use berth_proto::{convert, v1};
 use berth_runtime::{Clock, telemetry::trace::TraceContext};
-use berth_types::{Bytes, DeviceId, NodeName, Vendor, WeightFormat};
+use berth_types::{Admission, Bytes, DeviceId, NodeName, Vendor, WeightFormat};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use tokio::sync::watch;
@@ -20,6 +20,7 @@ use crate::{
     },
     node::{Shown, Snapshot},
     orders::Wanted,
+    workers::View,
 };
 
 /// One device as it is said.
@@ -173,9 +174,10 @@ impl Published {
         }
     }
 
-    /// The devices in the object; `worker` tells what each device's worker does.
-    pub fn device_status(&self, worker: impl Fn(&str) -> String) -> Vec<DeviceStatus> {
-        self.devices.iter().map(|device| device.to_status(worker(&device.info.local))).collect()
+    /// The devices in the object, with what their workers do.
+    #[must_use]
+    pub fn device_status(&self, workers: &View) -> Vec<DeviceStatus> {
+        self.devices.iter().map(|device| device.to_status(workers)).collect()
     }
 
     /// Vendors that are here, once each.
@@ -205,8 +207,10 @@ impl Device {
         }
     }
 
-    fn to_status(&self, worker: String) -> DeviceStatus {
+    fn to_status(&self, workers: &View) -> DeviceStatus {
         let Standing { state, evidence, .. } = &self.standing;
+        let local = &self.info.local;
+        let leaves = state.admission != Admission::Schedulable;
         DeviceStatus {
             device: self.id.clone(),
             vendor: self.info.vendor,
@@ -215,6 +219,7 @@ impl Device {
             memory_bytes: Bytes(self.info.memory_bytes),
             interconnect_domain: self.info.interconnect_domain.clone(),
             card: self.info.card.clone(),
+            reset_group: self.info.reset_group.clone().unwrap_or_default(),
             health: state.health,
             admission: state.admission,
             action: state.action,
@@ -222,8 +227,9 @@ impl Device {
             reason: state.reason,
             evidence: evidence.clone(),
             since: Timestamp::from_millisecond(self.since_unix_ms).ok().map(Time),
-            worker,
             computes: self.computes.to_vec(),
+            worker: workers.word(local),
+            holds: if leaves { workers.placements(local) } else { Vec::new() },
         }
     }
 }

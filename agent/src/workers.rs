@@ -1,7 +1,13 @@
 //! One worker per device: which ones there must be, and what all of them do. Each is tended by a task of
 //! its own (`tend`). This file decides when a device has a worker and nothing else.
 
-use std::{collections::BTreeMap, net::IpAddr, num::NonZeroUsize, path::PathBuf, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    num::NonZeroUsize,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use berth_kernels::BackendKind;
 use berth_proto::v1::{self, ShelfState};
@@ -90,6 +96,21 @@ impl View {
         .to_owned()
     }
 
+    /// Whether a device has a worker, be it dead.
+    #[must_use]
+    pub fn has(&self, local: &str) -> bool {
+        self.0.keys().any(|device| device.local() == local)
+    }
+
+    /// Placements whose experts the worker of a device holds or loads.
+    #[must_use]
+    pub fn placements(&self, local: &str) -> Vec<String> {
+        let views = self.0.iter().filter(|(device, _)| device.local() == local).map(|(_, view)| view);
+        let names: BTreeSet<&str> =
+            views.flat_map(|view| &view.shelves).map(|shelf| shelf.placement.as_str()).collect();
+        names.into_iter().map(str::to_owned).collect()
+    }
+
     pub(crate) fn set(&mut self, device: &DeviceId, view: WorkerView) {
         self.0.insert(device.clone(), view);
     }
@@ -114,6 +135,8 @@ pub struct Workers {
     pub wanted: watch::Receiver<Wanted>,
     /// What the scheduler wants.
     pub desired: watch::Receiver<Arc<Desired>>,
+    /// Devices that must have no worker: they are being reset.
+    pub emptied: watch::Receiver<BTreeSet<Local>>,
     /// Where deaths are told.
     pub facts: Facts,
     /// Where what they do is shown.
@@ -159,6 +182,7 @@ impl Workers {
                 () = stop.cancelled() => break,
                 changed = self.snapshots.changed() => if changed.is_err() { break },
                 changed = self.wanted.changed() => if changed.is_err() { break },
+                changed = self.emptied.changed() => if changed.is_err() { break },
                 Some(ended) = tending.join_next() => match ended {
                     // Only a device that is no longer due ends its tender.
                     Ok(local) => { running.remove(&local); }
@@ -179,7 +203,9 @@ impl Workers {
             return BTreeMap::new();
         }
         // A device nobody could ask has no memory that could be promised.
-        let known = snapshot.devices.iter().filter(|(_, shown)| shown.info.memory_bytes > 0);
+        let emptied = self.emptied.borrow_and_update().clone();
+        let known =
+            snapshot.devices.iter().filter(|(local, shown)| shown.info.memory_bytes > 0 && !emptied.contains(*local));
         let limit = self.config.memory.map_or(u64::MAX, |memory| memory.get());
         known.map(|(local, shown)| (local.clone(), (shown.info.memory_bytes.min(limit), shown.info.pci))).collect()
     }

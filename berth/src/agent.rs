@@ -68,6 +68,12 @@ pub(crate) struct AgentArgs {
     /// Where the kernel lists PCI devices
     #[arg(long, env = "BERTH_PCI_DEVICES", default_value = "/sys/bus/pci/devices")]
     pci_devices: PathBuf,
+    /// NVIDIA's program that resets a device
+    #[arg(long, env = "BERTH_NVIDIA_SMI", default_value = "nvidia-smi")]
+    nvidia_smi: PathBuf,
+    /// Program and arguments that boot the node again, separated by spaces; empty: this agent may not
+    #[arg(long, env = "BERTH_REBOOT_COMMAND", default_value = "")]
+    reboot_command: String,
     /// What workers compute on
     #[arg(long, env = "BERTH_WORKER_BACKEND", value_enum, default_value_t = Backend::Auto)]
     worker_backend: Backend,
@@ -109,6 +115,8 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         dcmi_library,
         lingqu_library,
         pci_devices,
+        nvidia_smi,
+        reboot_command,
         worker_backend,
         worker_memory,
         worker_threads,
@@ -140,6 +148,8 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         dcmi_library,
         lingqu_library,
         pci_devices,
+        nvidia_smi,
+        reboot: reboot_command.split_whitespace().map(str::to_owned).collect(),
         worker,
         compatible: compatible(&compatible_metrics, pod_namespace, pod_name),
         health: Settings { probation: Duration::from_secs(probation_seconds) },

@@ -4,6 +4,7 @@
 //! decides what a fact means, and a library that is missing or hangs is a value, never a panic or a wait.
 
 pub mod dcmi;
+pub mod grip;
 pub mod lane;
 pub mod measure;
 pub mod nvml;

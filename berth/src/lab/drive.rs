@@ -21,7 +21,7 @@ use berth_agent::{
     },
     metrics::Metrics,
     observe, vendor,
-    vendor::{dcmi, nvml},
+    vendor::{dcmi, grip::Grip, nvml},
 };
 use berth_runtime::{Clock, clock::InFlight};
 use berth_types::Vendor;
@@ -156,7 +156,7 @@ impl Lab {
         let present = self.script.devices.iter().filter(|device| !device.absent);
         let kernel_lists = present.filter_map(|device| device.local.parse::<PciAddress>().ok()).collect();
         let library = Some(folder.join(nvml::LIBRARY).into());
-        Some(nvml::watch::WatchConfig { library, kernel_lists, expected })
+        Some(nvml::watch::WatchConfig { library, kernel_lists, expected, grip: Grip::default() })
     }
 
     fn dcmi(&self, folder: &Path) -> Option<dcmi::watch::WatchConfig> {

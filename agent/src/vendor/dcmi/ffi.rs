@@ -35,6 +35,8 @@ const ROOM_UINT: c_uint = 128;
 const SPOD: (c_uint, c_uint) = (12, 1);
 /// `DCMI_DEVICE_TYPE_HBM` of the ECC call.
 const HBM: c_uint = 2;
+/// `INBAND_CHANNEL` of the reset call: the one that needs no other machine.
+const IN_BAND: c_int = 1;
 /// `VDIE`.
 const VDIE: c_uint = 1;
 
@@ -146,6 +148,8 @@ library! {
         rates_2 = b"dcmiv2_get_device_multi_utilization_rate\0": fn(c_int, *mut Utilizations);
         subscribe = b"dcmi_subscribe_fault_event\0": fn(c_int, c_int, Filter, Handler);
         subscribe_2 = b"dcmiv2_subscribe_fault_event\0": fn(c_int, Filter, Handler);
+        reset = b"dcmi_set_device_reset\0": fn(c_int, c_int, c_int);
+        reset_2 = b"dcmiv2_reset_device\0": fn(c_int, c_int);
         event = b"dcmi_get_fault_event\0": fn(c_int, c_int, c_int, Filter, *mut Event);
         event_2 = b"dcmiv2_get_fault_event\0": fn(c_int, c_int, Filter, *mut Event);
     }
@@ -448,6 +452,11 @@ impl Api {
     pub(super) fn boot(&self, at: At) -> Result<u32, Code> {
         let mut boot = 0;
         ok(ask!(at, self.boot, self.boot_2, &raw mut boot), boot)
+    }
+
+    /// Resets a device, with all that can only be reset with it. Blocks for as long as that takes.
+    pub(super) fn reset(&self, at: At) -> Result<(), Code> {
+        ok(ask!(at, self.reset, self.reset_2, IN_BAND), ())
     }
 
     pub(super) fn network(&self, at: At) -> Result<u32, Code> {

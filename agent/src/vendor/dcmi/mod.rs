@@ -8,6 +8,7 @@ mod ffi;
 mod layout;
 mod listener;
 mod queue;
+pub mod resets;
 mod switches;
 mod vitals;
 pub mod watch;

@@ -170,8 +170,8 @@ macro_rules! api {
         /// The library with what it exports.
         pub(super) struct Api {
             $($field: Option<unsafe extern "C" fn($($kind),*) -> $out>,)+
-            /// Keeps the code mapped while the functions may run.
-            _library: Library,
+            /// Keeps the code mapped for good: a library's own threads outlive its last user.
+            _library: mem::ManuallyDrop<Library>,
         }
 
         impl Api {
@@ -186,7 +186,7 @@ macro_rules! api {
                             .ok()
                             .map(|symbol| *symbol),
                     )+
-                    _library: library,
+                    _library: mem::ManuallyDrop::new(library),
                 })
             }
         }
@@ -195,6 +195,7 @@ macro_rules! api {
 
 api! {
     init = b"nvmlInit_v2\0": fn() -> Code;
+    shutdown = b"nvmlShutdown\0": fn() -> Code;
     error_string = b"nvmlErrorString\0": fn(Code) -> *const c_char;
     driver = b"nvmlSystemGetDriverVersion\0": fn(*mut c_char, c_uint) -> Code;
     count = b"nvmlDeviceGetCount_v2\0": fn(*mut c_uint) -> Code;
@@ -248,6 +249,12 @@ impl Api {
     pub(super) fn init(&self) -> Code {
         // SAFETY: no arguments; may be called again, and from any thread.
         self.init.map_or(NOT_SUPPORTED, |init| unsafe { init() })
+    }
+
+    /// Closes every device that this process has open. The code stays mapped: threads of the vendor's may still run it.
+    pub(super) fn shutdown(&self) -> Code {
+        // SAFETY: no arguments; no handle is used afterwards, for whoever has one keeps this value alive.
+        self.shutdown.map_or(NOT_SUPPORTED, |shutdown| unsafe { shutdown() })
     }
 
     /// The vendor's words for a code.

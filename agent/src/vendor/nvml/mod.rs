@@ -113,6 +113,13 @@ pub struct Events {
     handles: Vec<ffi::Device>,
 }
 
+impl Drop for Nvml {
+    fn drop(&mut self) {
+        let code = self.api.shutdown();
+        tracing::debug!(code, "NVML shut down");
+    }
+}
+
 impl Nvml {
     /// Opens and initialises the library at `path`.
     ///

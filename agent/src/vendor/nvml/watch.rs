@@ -4,7 +4,11 @@
 //! Each device has its own lane and its own loop, the event set its own thread: no device waits for
 //! another, and nothing waits for a library that hangs.
 
-use std::{ffi::OsString, sync::Arc, time::Duration};
+use std::{
+    ffi::OsString,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use berth_runtime::Clock;
 use berth_types::Vendor;
@@ -16,6 +20,7 @@ use crate::{
     health::fact::{DeviceInfo, Fact, PciAddress, Source, What, Xid},
     vendor::{
         Bells, Facts, Seen,
+        grip::Grip,
         lane::{self, Lane, LaneError},
         measure::Measurer,
         poll::{Poller, READ_LIMIT},
@@ -31,6 +36,10 @@ const OPEN_LIMIT: Duration = Duration::from_secs(20);
 const REOPEN: Duration = Duration::from_secs(30);
 /// The event thread looks up so often.
 const EVENT_WAIT_MS: u32 = 5000;
+/// Who asks for the library waits so long for calls in hand and the event thread: more than [`EVENT_WAIT_MS`].
+const LET_GO_LIMIT: Duration = Duration::from_secs(8);
+/// Between two looks whether they are done.
+const LET_GO_LOOK: Duration = Duration::from_millis(50);
 
 /// What the watch is told.
 #[derive(Clone, Debug)]
@@ -41,6 +50,8 @@ pub struct WatchConfig {
     pub kernel_lists: Vec<PciAddress>,
     /// Devices that the node should have.
     pub expected: Option<usize>,
+    /// By which the library can be asked for.
+    pub grip: Grip,
 }
 
 /// The watch.
@@ -65,17 +76,41 @@ impl Watch {
         // Cancel-safe: facts are sent whole, and calls in hand are left to their threads.
         tokio::select! {
             () = stop.cancelled() => {}
-            () = self.watch() => {}
+            () = self.keep() => {}
         }
     }
 
-    async fn watch(&self) {
+    /// Watches, but for the times when somebody asks for the library.
+    async fn keep(&self) {
+        let grip = &self.config.grip;
+        loop {
+            let mut opened = Weak::new();
+            let ended = CancellationToken::new();
+            grip.hold(true);
+            // Cancel-safe: as above.
+            tokio::select! {
+                () = self.watch(&mut opened, &ended) => return,
+                () = grip.asked() => {}
+            }
+            ended.cancel();
+            let until = self.clock.now().saturating_add(LET_GO_LIMIT);
+            while opened.strong_count() > 0 && self.clock.now() < until {
+                self.clock.sleep(LET_GO_LOOK).await;
+            }
+            tracing::info!(released = opened.strong_count() == 0, "NVIDIA library let go");
+            grip.hold(false);
+            grip.restored().await;
+        }
+    }
+
+    async fn watch(&self, opened: &mut Weak<Nvml>, ended: &CancellationToken) {
         let mut lane = Lane::new("nvml", self.clock.clone());
         let (library, targets) = self.open(&mut lane).await;
+        *opened = Arc::downgrade(&library);
         let driver = library.driver().unwrap_or_default();
         tracing::info!(driver, devices = targets.len(), "NVIDIA library opened");
         self.introduce(&targets).await;
-        self.listen(&mut lane, &library, &targets).await;
+        self.listen(&mut lane, &library, &targets, ended).await;
         let (first, mut firsts) = mpsc::channel(1);
         let mut loops = JoinSet::new();
         for target in targets {
@@ -87,7 +122,7 @@ impl Watch {
             loops.spawn(measurer.run());
             loops.spawn(Poller { clock, facts, device, bell, board }.run(first));
         }
-        drop(first);
+        drop((first, library));
         let settled = async {
             // Each poller lets go of its end after its first reading.
             while firsts.recv().await.is_some() {}
@@ -172,7 +207,7 @@ impl Watch {
     }
 
     /// Starts the event thread. Without events, polling alone goes on.
-    async fn listen(&self, lane: &mut Lane, library: &Arc<Nvml>, targets: &[Target]) {
+    async fn listen(&self, lane: &mut Lane, library: &Arc<Nvml>, targets: &[Target], ended: &CancellationToken) {
         let (library, all) = (Arc::clone(library), targets.to_vec());
         let events = match lane.call(OPEN_LIMIT, Duration::default, move || library.events(&all)).await {
             Ok(Ok(events)) => events,
@@ -181,7 +216,7 @@ impl Watch {
         };
         let locals = targets.iter().map(|target| target.info.local.clone()).collect();
         let (clock, facts, bells) = (self.clock.clone(), self.facts.clone(), self.bells.clone());
-        let listener = Listener { clock, facts, bells, locals };
+        let listener = Listener { clock, facts, bells, locals, ended: ended.clone() };
         // The thread ends with the process: it may be inside the library for seconds.
         let started = std::thread::Builder::new().name("nvml events".to_owned()).spawn(move || listener.run(&events));
         if let Err(error) = started {
@@ -211,6 +246,8 @@ struct Listener {
     facts: Facts,
     bells: Bells,
     locals: Vec<String>,
+    /// The library is asked for.
+    ended: CancellationToken,
 }
 
 impl Listener {
@@ -237,7 +274,7 @@ impl Listener {
                 Some(fact) => self.facts.send_blocking(Seen::Fact(fact), Some(guard)),
                 None => !self.facts.closed(),
             };
-            if !listened {
+            if !listened || self.ended.is_cancelled() {
                 return;
             }
         }
