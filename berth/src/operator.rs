@@ -3,7 +3,14 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::Context as _;
-use berth_operator::{Config, Roots, RunnerConfig};
+use berth_operator::{
+    Config, Roots, RunnerConfig,
+    accelerator_node::{
+        book::Budget,
+        remediate::{Mode, Policy},
+        remediation::Settings,
+    },
+};
 use berth_runtime::{
     Clock, PartConfig, discovery::Holder, election::Timing, lease::LeaseConfig, shutdown, telemetry::export_traces,
 };
@@ -55,7 +62,95 @@ pub(crate) struct OperatorArgs {
     #[arg(long, env = "BERTH_WEIGHTS_CLAIMS", value_delimiter = ',', value_parser = claim)]
     weights_claims: Vec<(PathBuf, String)>,
     #[command(flatten)]
+    remediation: RemediationArgs,
+    #[command(flatten)]
     trace: TraceArgs,
+}
+
+/// What may be done about devices that are not well.
+#[derive(Debug, Args)]
+struct RemediationArgs {
+    /// Whether devices that are not well are reset by order, or people are told what should be done.
+    #[arg(long, env = "BERTH_REMEDIATION_MODE", value_enum, default_value_t = ModeArg::Advise)]
+    remediation_mode: ModeArg,
+    /// Operations at a time in the cluster.
+    #[arg(long, env = "BERTH_REMEDIATION_CLUSTER", default_value_t = 4)]
+    remediation_cluster: u32,
+    /// Operations at a time in a pool.
+    #[arg(long, env = "BERTH_REMEDIATION_POOL", default_value_t = 2)]
+    remediation_pool: u32,
+    /// Operations at a time in a failure domain.
+    #[arg(long, env = "BERTH_REMEDIATION_DOMAIN", default_value_t = 1)]
+    remediation_domain: u32,
+    /// Seconds that emptying devices may take.
+    #[arg(long, env = "BERTH_REMEDIATION_EMPTY_SECONDS", default_value_t = 900)]
+    remediation_empty_seconds: u32,
+    /// Seconds that an order may take.
+    #[arg(long, env = "BERTH_REMEDIATION_ORDER_SECONDS", default_value_t = 600)]
+    remediation_order_seconds: u32,
+    /// Seconds until a device that was reset has proven itself.
+    #[arg(long, env = "BERTH_REMEDIATION_VALIDATE_SECONDS", default_value_t = 300)]
+    remediation_validate_seconds: u32,
+    /// Order agents to boot their nodes again; they must be allowed to, too.
+    #[arg(long, env = "BERTH_REMEDIATION_REBOOT")]
+    remediation_reboot: bool,
+    /// Node labels by which other remediators say that they have a node in hand.
+    #[arg(
+        long,
+        env = "BERTH_OTHER_REMEDIATORS",
+        value_delimiter = ',',
+        default_value = "dgxc.nvidia.com/nvsentinel-state,nvidia.com/gpu-driver-upgrade-state"
+    )]
+    other_remediators: Vec<String>,
+    /// Leave Nodes without our condition, taint and device taints.
+    #[arg(long, env = "BERTH_NO_NODE_SIGNS")]
+    no_node_signs: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum ModeArg {
+    /// Say what should be done.
+    #[value(name = "Advise")]
+    Advise,
+    /// Say what would be done next.
+    #[value(name = "DryRun")]
+    DryRun,
+    /// Do it.
+    #[value(name = "Act")]
+    Act,
+}
+
+impl RemediationArgs {
+    fn settings(self, namespace: String) -> Settings {
+        let Self {
+            remediation_mode,
+            remediation_cluster,
+            remediation_pool,
+            remediation_domain,
+            remediation_empty_seconds,
+            remediation_order_seconds,
+            remediation_validate_seconds,
+            remediation_reboot,
+            other_remediators,
+            no_node_signs,
+        } = self;
+        let mode = match remediation_mode {
+            ModeArg::Advise => Mode::Advise,
+            ModeArg::DryRun => Mode::DryRun,
+            ModeArg::Act => Mode::Act,
+        };
+        let policy = Policy {
+            mode,
+            budget: Budget { cluster: remediation_cluster, pool: remediation_pool, domain: remediation_domain },
+            empty_limit: remediation_empty_seconds.into(),
+            order_limit: remediation_order_seconds.into(),
+            validate_limit: remediation_validate_seconds.into(),
+            reboot: remediation_reboot,
+            paused: false,
+        };
+        let others = other_remediators.into_iter().filter(|label| !label.is_empty()).collect();
+        Settings { policy, others, signs: !no_node_signs, namespace }
+    }
 }
 
 /// `<folder>=<claim>`.
@@ -79,13 +174,14 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
         scheduler_lease,
         weights_roots,
         weights_claims,
+        remediation,
         trace,
     } = args;
     telemetry::begin("operator", vec![("pod", pod_name.clone())], &log)?;
     let config = Config {
         part: PartConfig { name: "operator", admin_listen, drain_limit: DRAIN_LIMIT },
         lease: LeaseConfig {
-            namespace: pod_namespace,
+            namespace: pod_namespace.clone(),
             name: LEASE.to_owned(),
             identity: Holder { pod: pod_name.clone(), endpoint: admin_listen }.to_string(),
             timing: Timing::default(),
@@ -102,6 +198,7 @@ pub(crate) fn run(args: OperatorArgs) -> anyhow::Result<Verdict> {
             claims: weights_claims.into_iter().collect(),
         },
         instance: Some(pod_name),
+        remediation: remediation.settings(pod_namespace),
     };
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(async {
         let stop = shutdown::on_signals()?;

@@ -37,6 +37,10 @@ pub mod survey;
 pub mod watches;
 pub mod writes;
 
+use accelerator_node::{
+    book::Book,
+    remediation::{self, RemediationPass},
+};
 use capacity::{CapacityPass, Grants};
 use error::{Category, requeue};
 use metrics::OperatorMetrics;
@@ -62,6 +66,8 @@ pub struct Config {
     pub runner: RunnerConfig,
     /// Name of this process in events: its pod.
     pub instance: Option<String>,
+    /// What may be done about devices that are not well.
+    pub remediation: remediation::Settings,
 }
 
 /// Runs the operator until `stop` is cancelled.
@@ -69,7 +75,7 @@ pub struct Config {
 /// # Errors
 /// [`PartError`], when the admin address cannot be had or a task failed.
 pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), PartError> {
-    let Config { part, lease, runner, instance } = config;
+    let Config { part, lease, runner, instance, remediation } = config;
     let part = Part::start(part, clock, stop).await?;
     let metrics = part.metrics.register(OperatorMetrics::register);
     let mut leadership = part.lead(client.clone(), lease);
@@ -81,7 +87,8 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
             let may_write = term.clone();
             let may_write = Arc::new(move || may_write.check().map(drop));
             let writes = Writes::new(client.clone(), clock.clone(), metrics.clone(), may_write, instance.clone());
-            alive.during(control(&client, writes, runner.clone(), &clock, &metrics, &term)).await;
+            let chosen = (runner.clone(), remediation.clone());
+            alive.during(control(&client, writes, chosen, &clock, &metrics, &term)).await;
             metrics.resigned();
             tracing::info!(epoch = %term.epoch(), "no longer leading");
         }
@@ -100,6 +107,10 @@ pub struct Context {
     pub runner: RunnerConfig,
     /// What deployments may have.
     pub grants: watch::Receiver<Grants>,
+    /// What may be done about devices that are not well.
+    pub remediation: remediation::Settings,
+    /// What is being done about them.
+    pub book: watch::Receiver<Arc<Book>>,
     /// Time.
     pub clock: Clock,
     metrics: OperatorMetrics,
@@ -135,7 +146,7 @@ impl Context {
 async fn control(
     client: &Client,
     writes: Writes,
-    runner: RunnerConfig,
+    (runner, remediation): (RunnerConfig, remediation::Settings),
     clock: &Clock,
     metrics: &OperatorMetrics,
     term: &Term,
@@ -144,11 +155,14 @@ async fn control(
     let signals = Signals::default();
     let (stores, pumps) = Stores::watch(client, &signals);
     let (publish, grants) = watch::channel(Grants::default());
+    let (remember, book) = watch::channel(Arc::<Book>::default());
     let context = Arc::new(Context {
         stores: stores.clone(),
         writes: writes.clone(),
         runner: runner.clone(),
         grants,
+        remediation: remediation.clone(),
+        book,
         clock: clock.clone(),
         metrics: metrics.clone(),
         attempts: Mutex::default(),
@@ -171,8 +185,18 @@ async fn control(
             roots: &roots,
             grants: publish,
         };
+        let remedies = RemediationPass {
+            stores: &stores,
+            signals: &signals,
+            writes: &writes,
+            clock,
+            settings: &remediation,
+            metrics,
+            book: remember,
+        };
         tokio::join!(
             pass.keep(&ended),
+            remedies.keep(&ended),
             deployments(&signals.deployments, &stores.deployments, &context, &ended),
             nodes(&signals.nodes, &stores.nodes, &context, &ended),
         );

@@ -1,7 +1,7 @@
 //! Every metric of the operator. Labels take a fixed set of values (kinds, verbs, categories), or one per object
 //! that an administrator makes (queues, deployments, device products).
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use berth_runtime::{
     Clock,
@@ -12,7 +12,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::{error::Category, survey::Survey};
+use crate::{accelerator_node::book::Book, error::Category, survey::Survey};
 
 type Labels = Vec<(&'static str, &'static str)>;
 
@@ -39,6 +39,9 @@ pub const METRICS: &[Described] = &[
     QUEUE_USED,
     QUEUE_BORROWED,
     QUEUE_WAITING,
+    REMEDIATION_OPERATIONS,
+    REMEDIATION_EVENTS,
+    EVENTS_HELD_BACK,
 ];
 
 const POOL: &[&str] = &["vendor", "pool"];
@@ -90,6 +93,13 @@ const QUEUE_BORROWED: Described = Described::gauge("queue_borrowed_devices", QUE
 const QUEUE_WAITING: Described =
     Described::gauge("queue_waiting_deployments", QUEUE, "Deployments that wait in a queue");
 
+const REMEDIATION_OPERATIONS: Described =
+    Described::gauge("remediation_operations", &["action", "phase"], "Operations of remediation that are under way");
+const REMEDIATION_EVENTS: Described =
+    Described::counter("remediation_events", &["reason"], "What remediation told, by the reason of the event");
+const EVENTS_HELD_BACK: Described =
+    Described::counter("events_held_back", &[], "Events about devices that were too many to be told");
+
 /// The operator's metrics; clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct OperatorMetrics {
@@ -114,6 +124,9 @@ pub struct OperatorMetrics {
     queue_used: Gauges,
     queue_borrowed: Gauges,
     queue_waiting: Gauges,
+    operations: Gauges,
+    remediation_events: Family<Labels, Counter>,
+    held_back: Counter,
 }
 
 impl OperatorMetrics {
@@ -121,7 +134,7 @@ impl OperatorMetrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self::default();
         // What may happen for the first time is there from the start, so that its first time is seen.
-        for kind in ["ModelDeployment", "Node"] {
+        for kind in ["ModelDeployment", "Node", "Remediation"] {
             for category in Category::ALL {
                 drop(metrics.errors.get_or_create(&vec![("kind", kind), ("category", category.as_str())]));
             }
@@ -132,13 +145,15 @@ impl OperatorMetrics {
         IN_FLIGHT.add(registry, metrics.in_flight.clone());
         WRITES.add(registry, metrics.writes.clone());
         WRITE_SECONDS.add(registry, metrics.write_seconds.clone());
+        REMEDIATION_EVENTS.add(registry, metrics.remediation_events.clone());
+        EVENTS_HELD_BACK.add(registry, metrics.held_back.clone());
         for (described, gauges) in metrics.surveyed() {
             described.add(registry, gauges.clone());
         }
         metrics
     }
 
-    fn surveyed(&self) -> [(Described, &Gauges); 15] {
+    fn surveyed(&self) -> [(Described, &Gauges); 16] {
         [
             (DEVICES, &self.devices),
             (CAPACITY_TOTAL, &self.total),
@@ -155,6 +170,7 @@ impl OperatorMetrics {
             (QUEUE_USED, &self.queue_used),
             (QUEUE_BORROWED, &self.queue_borrowed),
             (QUEUE_WAITING, &self.queue_waiting),
+            (REMEDIATION_OPERATIONS, &self.operations),
         ]
     }
 
@@ -207,6 +223,24 @@ impl OperatorMetrics {
         self.queue_used.replace(queue_used);
         self.queue_borrowed.replace(queue_borrowed);
         self.queue_waiting.replace(queue_waiting);
+    }
+
+    /// Shows the operations that are under way.
+    pub(crate) fn remediating(&self, book: &Book) {
+        let mut gauges = BTreeMap::<Vec<(&'static str, String)>, f64>::new();
+        for operation in book.operations.values() {
+            let labels = vec![("action", operation.action.to_string()), ("phase", format!("{:?}", operation.phase))];
+            *gauges.entry(labels).or_default() += 1.0;
+        }
+        self.operations.replace(gauges);
+    }
+
+    pub(crate) fn remediated(&self, reason: &'static str) {
+        self.remediation_events.get_or_create(&vec![("reason", reason)]).inc();
+    }
+
+    pub(crate) fn unspoken(&self) {
+        self.held_back.inc();
     }
 
     /// This process leads no more: what it found is for the next leader to say.

@@ -67,6 +67,8 @@ pub struct Signals {
     pub nodes: Touched<String>,
     /// Something that the pass over all queues depends on changed.
     pub capacity: Notify,
+    /// Something that remediation depends on changed.
+    pub remediation: Notify,
 }
 
 /// The caches.
@@ -127,11 +129,13 @@ impl Stores {
         pumps.push(pump(client, every(), placements.1, |object: &ExpertPlacement| {
             made_for(object).into_iter().for_each(|key| signals.deployments.insert(key));
             signals.capacity.notify_one();
+            signals.remediation.notify_one();
         }));
         let accelerators = reflector::store();
         pumps.push(pump(client, every(), accelerators.1, |object: &AcceleratorNode| {
             signals.nodes.insert(object.name_any());
             signals.capacity.notify_one();
+            signals.remediation.notify_one();
         }));
         let runners = reflector::store();
         pumps.push(pump(client, ours(), runners.1, |object: &Deployment| {

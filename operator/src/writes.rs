@@ -10,7 +10,7 @@ use berth_runtime::{Clock, lease::Deposed};
 use k8s_openapi::{NamespaceResourceScope, api::core::v1::ObjectReference};
 use kube::{
     Api, Client, Resource, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams, Preconditions},
+    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions},
     runtime::events::{Event, Recorder, Reporter},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -65,6 +65,12 @@ impl Writes {
     #[must_use]
     pub fn everywhere<K: Resource<DynamicType = ()>>(&self) -> Api<K> {
         Api::all(self.client.clone())
+    }
+
+    /// For reading what no cache holds.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.client.clone()
     }
 
     /// Makes the object as `wanted` says; `live` is what the cache holds. Returns what is then there;
@@ -149,6 +155,72 @@ impl Writes {
         self.call("merge", &kind, format!("{kind} {name}"), call).await.map(drop)
     }
 
+    /// Replaces the object, which must be as it was read: its resourceVersion says so. Returns what is then there.
+    ///
+    /// # Errors
+    /// [`WriteError`]; a conflict when somebody wrote in between.
+    pub async fn replace<K>(&self, api: &Api<K>, object: &K) -> Result<K, WriteError>
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned,
+    {
+        let (name, kind) = (object.name_any(), K::kind(&()));
+        let parameters = PostParams { field_manager: Some(managers::OPERATOR.to_owned()), ..PostParams::default() };
+        let call = api.replace(&name, &parameters, object);
+        self.call("replace", &kind, format!("{kind} {name}"), call).await
+    }
+
+    /// Changes the status by a strategic merge patch: in lists of Kubernetes' own kinds, one entry by its key.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub async fn merge_status<K>(&self, api: &Api<K>, name: &str, body: &Value) -> Result<(), WriteError>
+    where
+        K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+    {
+        let kind = K::kind(&());
+        let parameters = PatchParams { field_manager: Some(managers::OPERATOR.to_owned()), ..PatchParams::default() };
+        let body = Patch::Strategic(body);
+        let call = api.patch_status(name, &parameters, &body);
+        self.call("status", &kind, format!("status of {kind} {name}"), call).await.map(drop)
+    }
+
+    /// Makes an object of a kind that not every API server has.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub async fn apply_dynamic(
+        &self,
+        api: &Api<DynamicObject>,
+        kind: &ApiResource,
+        name: &str,
+        body: &Value,
+    ) -> Result<(), WriteError> {
+        let parameters = PatchParams::apply(managers::OPERATOR);
+        let body = Patch::Apply(body);
+        let call = api.patch(name, &parameters, &body);
+        self.call("apply", &kind.kind, format!("{} {name}", kind.kind), call).await.map(drop)
+    }
+
+    /// Deletes an object of a kind that not every API server has; one that is gone already is no error.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub async fn delete_dynamic(
+        &self,
+        api: &Api<DynamicObject>,
+        kind: &ApiResource,
+        live: &DynamicObject,
+    ) -> Result<(), WriteError> {
+        let name = live.name_any();
+        let preconditions = Preconditions { uid: live.uid(), resource_version: None };
+        let parameters = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+        let call = api.delete(&name, &parameters);
+        match self.call("delete", &kind.kind, format!("{} {name}", kind.kind), call).await {
+            Err(WriteError::Api { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => Ok(()),
+            outcome => outcome.map(drop),
+        }
+    }
+
     /// Deletes exactly the object `live`; one that is gone already is no error. What it owns goes with it.
     ///
     /// # Errors
@@ -209,8 +281,16 @@ impl Writes {
 
 /// Metric labels are a fixed set.
 fn known_kind(kind: &str) -> &'static str {
-    const KINDS: [&str; 6] =
-        ["ModelDeployment", "ExpertPlacement", "Deployment", "CapacityQueue", "AcceleratorNode", "Node"];
+    const KINDS: [&str; 8] = [
+        "ModelDeployment",
+        "ExpertPlacement",
+        "Deployment",
+        "CapacityQueue",
+        "AcceleratorNode",
+        "Node",
+        "ConfigMap",
+        "DeviceTaintRule",
+    ];
     KINDS.into_iter().find(|known| *known == kind).unwrap_or("other")
 }
 

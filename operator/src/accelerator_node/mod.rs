@@ -1,13 +1,30 @@
 //! One pass over one node: its label becomes `spec.native` and a taint, its cordon a drain, its labels a
-//! rack. Writes AcceleratorNode.spec and our own taint; never makes an AcceleratorNode (its agent does) and
-//! touches no taint of others.
+//! rack, what remediation remembers its device cordons and orders, its agent's report a condition and a taint. Writes
+//! AcceleratorNode.spec, our own condition and our own taints; never makes an AcceleratorNode (its agent does) and touches
+//! no taint, condition or cordon of others.
+
+pub mod book;
+pub mod device_taints;
+pub mod facts;
+pub mod remediate;
+#[cfg(test)]
+mod remediate_tests;
+pub mod remediation;
+pub mod signs;
 
 use std::{sync::Arc, time::Duration};
 
 use berth_crds::{
-    AcceleratorNode, AcceleratorNodeSpec, LABEL_MODE, LABEL_RACK, TAINT_NATIVE, accelerator_node::Holder, managers,
+    AcceleratorNode, AcceleratorNodeSpec, LABEL_MODE, LABEL_RACK, TAINT_NATIVE,
+    accelerator_node::{CordonedDevice, Holder, Order},
+    managers,
 };
-use k8s_openapi::api::core::v1::{Node, Pod, Taint};
+use berth_types::{Action as Step, DeviceId};
+use k8s_openapi::{
+    api::core::v1::{Node, Pod, Taint},
+    apimachinery::pkg::apis::meta::v1::Time,
+    jiff::Timestamp,
+};
 use kube::{
     Resource, ResourceExt,
     api::ListParams,
@@ -17,6 +34,8 @@ use kube::{
     },
 };
 use serde_json::{Value, json};
+
+use book::{Book, CORDON, Phase};
 
 use crate::{
     Context,
@@ -73,7 +92,7 @@ pub async fn reconcile(node: &Arc<Node>, context: &Context) -> Result<Action, No
     let accelerators = context.stores.accelerators.find(|object| object.name_any() == name);
     let is_native = accelerators.as_ref().is_some_and(|object| object.spec.native);
     let holders = if wants_native(node) && !is_native { holders(&name, context).await? } else { Vec::new() };
-    let (wanted, taints) = decide(node, accelerators.as_deref(), holders);
+    let (mut wanted, taints) = decide(node, accelerators.as_deref(), holders, context.remediation.signs);
     if let Some(taints) = taints {
         let body = json!({
             "metadata": {"resourceVersion": node.resource_version()},
@@ -82,8 +101,16 @@ pub async fn reconcile(node: &Arc<Node>, context: &Context) -> Result<Action, No
         context.writes.merge(&context.writes.everywhere::<Node>(), &name, &body).await?;
     }
     let Some(accelerators) = accelerators else { return Ok(Action::await_change()) };
-    if wanted != ours(&accelerators.spec) {
-        write(&accelerators, &wanted, context).await?;
+    let book = context.book.borrow().clone();
+    (wanted.cordoned_devices, wanted.orders) = remedies(&accelerators, node, &book, context);
+    let needs = needs(&accelerators);
+    if wanted != ours(&accelerators.spec)
+        || NEEDS.iter().any(|(key, _)| accelerators.annotations().get(*key) != needs.get(*key))
+    {
+        write(&accelerators, &wanted, &needs, context).await?;
+    }
+    if context.remediation.signs {
+        sign(node, &accelerators, context).await?;
     }
     Ok(Action::requeue(if wanted.held_by.is_empty() { RESYNC } else { LOOK_AGAIN }))
 }
@@ -136,6 +163,7 @@ fn decide(
     node: &Node,
     accelerators: Option<&AcceleratorNode>,
     holders: Vec<Holder>,
+    signs: bool,
 ) -> (AcceleratorNodeSpec, Option<Vec<Taint>>) {
     let wants = wants_native(node);
     let hosts = accelerators.is_some_and(|object| object.spec.native);
@@ -149,36 +177,110 @@ fn decide(
         orders: Vec::new(),
     };
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
-    let (ours, mut others): (Vec<Taint>, Vec<Taint>) = taints.into_iter().partition(|taint| taint.key == TAINT_NATIVE);
-    if wants != ours.is_empty() {
+    let (ours, mut others): (Vec<Taint>, Vec<Taint>) =
+        taints.into_iter().partition(|taint| [TAINT_NATIVE, signs::TAINT].contains(&taint.key.as_str()));
+    let native = wants.then(|| Taint {
+        key: TAINT_NATIVE.to_owned(),
+        effect: "NoSchedule".to_owned(),
+        value: None,
+        time_added: None,
+    });
+    let unhealthy = accelerators.filter(|_| signs).and_then(signs::taint);
+    let should: Vec<Taint> = native.into_iter().chain(unhealthy).collect();
+    let same =
+        |one: &Taint, other: &Taint| (&one.key, &one.value, &one.effect) == (&other.key, &other.value, &other.effect);
+    let as_it_should =
+        ours.len() == should.len() && should.iter().all(|taint| ours.iter().any(|there| same(there, taint)));
+    if as_it_should {
         return (wanted, None);
     }
-    if wants {
-        others.push(Taint {
-            key: TAINT_NATIVE.to_owned(),
-            effect: "NoSchedule".to_owned(),
-            value: None,
-            time_added: None,
-        });
-    }
+    others.extend(should);
     (wanted, Some(others))
+}
+
+/// Device cordons and orders that follow from what remediation remembers. A person's own cordon is left as it is.
+fn remedies(
+    object: &AcceleratorNode,
+    node: &Node,
+    book: &Book,
+    context: &Context,
+) -> (Vec<CordonedDevice>, Vec<Order>) {
+    let name = object.name_any();
+    let facts = facts::node_facts(object, Some(node), &context.remediation.others);
+    let (mut cordons, mut orders) = (Vec::new(), Vec::new());
+    for (id, operation) in book.operations.iter().filter(|(_, operation)| operation.node() == name) {
+        let by_hand = |device: &DeviceId| {
+            let mut others = object.spec.cordoned_devices.iter().filter(|other| !other.reason.starts_with(CORDON));
+            others.any(|other| other.device == *device)
+        };
+        let reason = format!("{CORDON}{id}: {} for {}", operation.action, operation.why);
+        let reason: String = reason.chars().take(500).collect();
+        let cordoned = operation.cordons(&facts).filter(|device| !by_hand(device));
+        cordons.extend(cordoned.map(|device| CordonedDevice { device: device.clone(), reason: reason.clone() }));
+        let deadline = Timestamp::from_second(operation.deadline);
+        if let (Phase::Ordered, false, Ok(deadline)) = (operation.phase, operation.recalled(id, &facts), deadline) {
+            orders.push(Order {
+                id: id.clone(),
+                device: operation.device.clone(),
+                action: operation.action,
+                deadline: Time(deadline),
+                reason: operation.why.chars().take(500).collect(),
+            });
+        }
+    }
+    cordons.sort_by(|one, other| one.device.cmp(&other.device));
+    (cordons, orders)
+}
+
+/// Annotations by which a person, or what does such things in the cluster, sees what Berth cannot do.
+const NEEDS: [(&str, Step); 2] =
+    [("berth.dev/service-needed", Step::ServiceHardware), ("berth.dev/reboot-needed", Step::RebootNode)];
+
+/// What devices need that no order brings: device, reason and code.
+fn needs(object: &AcceleratorNode) -> std::collections::BTreeMap<String, String> {
+    let devices = object.status.as_ref().map(|status| status.devices.as_slice()).unwrap_or_default();
+    let text = |step: Step| {
+        let wanting = devices.iter().filter(|device| device.action == step).map(|device| {
+            let reason = device.reason.map(|reason| reason.as_str()).unwrap_or_default();
+            let evidence: String = device.evidence.chars().take(120).collect();
+            format!("{} {reason} ({evidence})", device.device.local())
+        });
+        wanting.collect::<Vec<_>>().join("; ")
+    };
+    let all = NEEDS.iter().map(|(key, step)| ((*key).to_owned(), text(*step)));
+    all.filter(|(_, text)| !text.is_empty()).collect()
+}
+
+/// Shows the node's devices as a condition of the Node.
+async fn sign(node: &Node, object: &AcceleratorNode, context: &Context) -> Result<(), NodeError> {
+    let conditions = node.status.as_ref().and_then(|status| status.conditions.as_ref());
+    let before = conditions.and_then(|all| all.iter().find(|condition| condition.type_ == signs::CONDITION));
+    let wanted = signs::condition(object, before, crate::timestamp(&context.clock));
+    if signs::says_the_same(before, &wanted) {
+        return Ok(());
+    }
+    let body = json!({"status": {"conditions": [wanted]}});
+    Ok(context.writes.merge_status(&context.writes.everywhere::<Node>(), &node.name_any(), &body).await?)
 }
 
 /// The fields of `spec` that this driver writes.
 fn ours(spec: &AcceleratorNodeSpec) -> AcceleratorNodeSpec {
-    let AcceleratorNodeSpec { native, drain, rack, held_by, cordoned_devices: _, orders: _ } = spec.clone();
-    AcceleratorNodeSpec { native, drain, rack, held_by, ..AcceleratorNodeSpec::default() }
+    let AcceleratorNodeSpec { native, drain, rack, held_by, mut cordoned_devices, orders } = spec.clone();
+    cordoned_devices.retain(|cordoned| cordoned.reason.starts_with(CORDON));
+    cordoned_devices.sort_by(|one, other| one.device.cmp(&other.device));
+    AcceleratorNodeSpec { native, drain, rack, held_by, cordoned_devices, orders }
 }
 
 async fn write(
     accelerators: &AcceleratorNode,
     wanted: &AcceleratorNodeSpec,
+    needs: &std::collections::BTreeMap<String, String>,
     context: &Context,
 ) -> Result<(), NodeError> {
     let name = accelerators.name_any();
     let spec = serde_json::to_value(wanted).unwrap_or(Value::Null);
     // With the uid, a spec never makes the object again after it was deleted.
-    let metadata = json!({"name": name, "uid": accelerators.uid()});
+    let metadata = json!({"name": name, "uid": accelerators.uid(), "annotations": needs});
     let api = context.writes.everywhere::<AcceleratorNode>();
     context.writes.apply_value(&api, &name, json!({"metadata": metadata, "spec": spec})).await?;
     if wanted.held_by != accelerators.spec.held_by || wanted.native != accelerators.spec.native {
@@ -227,7 +329,7 @@ mod tests {
     fn label_makes_a_free_node_native_and_adds_only_our_taint() {
         let labelled = node(json!({"metadata": {"name": "n1", "labels": {LABEL_MODE: "native", LABEL_RACK: "r7"}},
             "spec": {"taints": [{"key": "other", "effect": "NoExecute"}]}}));
-        let (wanted, taints) = decide(&labelled, None, Vec::new());
+        let (wanted, taints) = decide(&labelled, None, Vec::new(), true);
         assert!(wanted.native && !wanted.drain && wanted.rack == "r7");
         let keys: Vec<_> = taints.unwrap().into_iter().map(|taint| taint.key).collect();
         assert_eq!(keys, ["other", TAINT_NATIVE]);
@@ -236,7 +338,7 @@ mod tests {
     #[test]
     fn a_labelled_node_that_is_not_free_is_tainted_but_hosts_nothing() {
         let labelled = node(json!({"metadata": {"name": "n1", "labels": {LABEL_MODE: "native"}}}));
-        let (wanted, taints) = decide(&labelled, None, vec![holder()]);
+        let (wanted, taints) = decide(&labelled, None, vec![holder()], true);
         assert!(!wanted.native && wanted.held_by == [holder()] && taints.is_some());
         assert!(event(&wanted).note.unwrap().contains("ml/train-0 4 of nvidia.com/gpu"));
     }
@@ -245,7 +347,7 @@ mod tests {
     fn removing_the_label_removes_only_our_taint() {
         let plain = node(json!({"metadata": {"name": "n1"},
             "spec": {"taints": [{"key": TAINT_NATIVE, "effect": "NoSchedule"}, {"key": "other", "effect": "NoExecute"}]}}));
-        let (wanted, taints) = decide(&plain, Some(&hosting()), Vec::new());
+        let (wanted, taints) = decide(&plain, Some(&hosting()), Vec::new(), true);
         assert!(!wanted.native);
         assert_eq!(taints.unwrap().len(), 1);
     }
@@ -255,7 +357,7 @@ mod tests {
         for unschedulable in [true, false] {
             let cordoned = node(json!({"metadata": {"name": "n1", "labels": {LABEL_MODE: "native"}},
                 "spec": {"unschedulable": unschedulable, "taints": [{"key": TAINT_NATIVE, "effect": "NoSchedule"}]}}));
-            let (wanted, taints) = decide(&cordoned, Some(&hosting()), Vec::new());
+            let (wanted, taints) = decide(&cordoned, Some(&hosting()), Vec::new(), true);
             assert_eq!((wanted.drain, wanted.native, taints), (unschedulable, true, None));
         }
     }
