@@ -15,6 +15,7 @@ mod kubelet;
 mod lifetime;
 mod observe;
 mod operator;
+mod remediation;
 mod ring;
 mod scheduler;
 mod store;

@@ -6,7 +6,14 @@ use std::{collections::BTreeMap, time::Duration};
 use berth_crds::{
     AcceleratorNode, CapacityQueue, ExpertPlacement, LABEL_DEPLOYMENT, LABEL_PLACEMENT, ModelDeployment, ModelProfile,
 };
-use berth_operator::{Config, Roots, RunnerConfig};
+use berth_operator::{
+    Config, Roots, RunnerConfig,
+    accelerator_node::{
+        book::Budget,
+        remediate::{Mode, Policy},
+        remediation::Settings,
+    },
+};
 use berth_runtime::{Clock, PartConfig, election::Timing, lease::LeaseConfig};
 use berth_tests::control_plane::{ControlPlane, ControlPlaneConfig};
 use berth_types::Epoch;
@@ -228,6 +235,20 @@ fn config() -> Config {
             claims: BTreeMap::new(),
         },
         instance: Some("operator".to_owned()),
+        remediation: Settings {
+            policy: Policy {
+                mode: Mode::Advise,
+                budget: Budget { cluster: 4, pool: 2, domain: 1 },
+                empty_limit: 60,
+                order_limit: 60,
+                validate_limit: 60,
+                reboot: false,
+                paused: false,
+            },
+            others: Vec::new(),
+            signs: true,
+            namespace: SPACE.to_owned(),
+        },
     }
 }
 
