@@ -106,7 +106,8 @@ impl World {
         let node = device.split_once('/').unwrap().0;
         let field = format!("involvedObject.kind=AcceleratorNode,involvedObject.name={node}");
         let path = "jsonpath={range .items[*]}{.reason}: {.message}{\"\\n\"}{end}";
-        let events = self.cluster.kubectl(&["get", "events", "-A", "--field-selector", &field, "-o", path]).await.unwrap();
+        let events =
+            self.cluster.kubectl(&["get", "events", "-A", "--field-selector", &field, "-o", path]).await.unwrap();
         events.lines().map(str::to_owned).collect()
     }
 
@@ -147,7 +148,8 @@ fn shown(node: &AcceleratorNode, device: &str) -> Option<DeviceStatus> {
 async fn a_device_is_emptied_reset_validated_and_comes_back_and_a_failed_reset_climbs() {
     let world = World::install().await;
     a_dry_run_says_what_it_would_do_and_does_nothing(&world).await;
-    let upgrade = ["upgrade", "berth", CHART, "--namespace", cluster::NAMESPACE, "--reuse-values", "--wait", "--timeout", "90s"];
+    let upgrade =
+        ["upgrade", "berth", CHART, "--namespace", cluster::NAMESPACE, "--reuse-values", "--wait", "--timeout", "90s"];
     let act = ["--set", "operator.remediation.mode=Act"];
     world.cluster.plane().helm(&[&upgrade[..], &act[..]].concat()).await.unwrap();
     the_device_is_reset_and_comes_back(&world).await;
@@ -158,7 +160,8 @@ async fn a_device_is_emptied_reset_validated_and_comes_back_and_a_failed_reset_c
 async fn a_dry_run_says_what_it_would_do_and_does_nothing(world: &World) {
     let xid = "4,1000,1000000,-;NVRM: Xid (PCI:0000:3b:00): 48, pid='<unknown>', name=<unknown>, DBE (double bit error) ECC Error";
     world.append("gpu-01.kmsg", xid);
-    let faulty = world.until("the fault", GPU, |node| shown(node, GPU).filter(|one| one.action == Action::ResetDevice)).await;
+    let faulty =
+        world.until("the fault", GPU, |node| shown(node, GPU).filter(|one| one.action == Action::ResetDevice)).await;
     assert_eq!((faulty.health, faulty.admission), (Health::Unhealthy, Admission::Draining));
     let told = world.told(GPU, "DryRun").await;
     assert!(told.contains("would be"), "{told}");
@@ -188,7 +191,9 @@ async fn the_device_is_reset_and_comes_back(world: &World) {
     let device = world.until("the return", GPU, back).await;
     assert!(device.holds.is_empty(), "told only while it matters");
     assert_eq!(world.resets("gpu-01"), ["0000:3b:00.0"], "once");
-    for reason in ["RemediationBegan", "RemediationOrdered", "RemediationCarriedOut", "RemediationSucceeded", "Recovered"] {
+    for reason in
+        ["RemediationBegan", "RemediationOrdered", "RemediationCarriedOut", "RemediationSucceeded", "Recovered"]
+    {
         world.told(GPU, reason).await;
     }
     objects::wait_for("the node's condition", PATIENCE, || async {
@@ -201,7 +206,8 @@ async fn the_device_is_reset_and_comes_back(world: &World) {
 }
 
 async fn a_reset_that_fails_climbs_to_a_person(world: &World) {
-    let calls = r#"{"dcmi_get_device_health":-8012,"dcmi_get_device_errorcode_v2":-8012,"dcmi_set_device_reset":-8015}"#;
+    let calls =
+        r#"{"dcmi_get_device_health":-8012,"dcmi_get_device_errorcode_v2":-8012,"dcmi_set_device_reset":-8015}"#;
     let line = format!(r#"{{"dcmi":[0,0],"set":{{"return":{calls}}},"fault":{{"id":"0x40F84E00","severity":3}}}}"#);
     world.append("npu-01.jsonl", &line);
     let failed = world.until("the failed reset", NPU, |node| fate(node, NPU).filter(|one| one.phase.is_final())).await;
@@ -216,7 +222,8 @@ async fn a_reset_that_fails_climbs_to_a_person(world: &World) {
     let needed = |node: &AcceleratorNode| node.annotations().get("berth.dev/reboot-needed").cloned();
     let needed = world.until("the annotation", NPU, needed).await;
     assert!(needed.contains("0.0 DeviceLost"), "{needed}");
-    let node = world.until("an end of the operation", NPU, |node| node.spec.orders.is_empty().then(|| node.clone())).await;
+    let node =
+        world.until("an end of the operation", NPU, |node| node.spec.orders.is_empty().then(|| node.clone())).await;
     assert!(node.spec.cordoned_devices.is_empty(), "{:?}", node.spec);
     let fine = world.device("npu-01/0.1").await;
     assert!(fine.reset_group.starts_with("module"), "{fine:?}");

@@ -106,7 +106,10 @@ async fn a_barred_device_is_tainted_where_kubernetes_knows_devices() {
     let selector = json!({"driver": "gpu.nvidia.com", "pool": "gpu-07", "device": "gpu-0"});
     assert_eq!(rule["spec"]["deviceSelector"], selector);
     let taint = &rule["spec"]["taint"];
-    assert_eq!((&taint["key"], &taint["value"], &taint["effect"]), (&json!("berth.dev/unhealthy"), &json!("DeviceLost"), &json!("NoSchedule")));
+    assert_eq!(
+        (&taint["key"], &taint["value"], &taint["effect"]),
+        (&json!("berth.dev/unhealthy"), &json!("DeviceLost"), &json!("NoSchedule"))
+    );
     says(&client, "Schedulable").await;
     eventually("no rule", || async { rules(&plane).await.is_empty().then_some(()) }).await;
 

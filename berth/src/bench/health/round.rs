@@ -20,7 +20,7 @@ use berth_agent::{
     orders::Wanted,
     published::Publisher,
     report::{Leader, Reporter},
-    vendor::{dcmi, nvml},
+    vendor::{dcmi, grip::Grip, nvml},
     workers::View,
 };
 use berth_kernels::BackendKind;
@@ -162,6 +162,7 @@ async fn start_agent(
         library: Some(path.into()),
         kernel_lists: Vec::new(),
         expected: None,
+        grip: Grip::default(),
     });
     let dcmi = library(Vendor::Ascend).map(|path| dcmi::watch::WatchConfig {
         library: Some(path.clone().into()),

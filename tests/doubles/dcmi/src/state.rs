@@ -182,7 +182,8 @@ impl State {
 
     /// What a reset of one device does: its card, and the card that shares its network port, start anew and are well.
     pub fn reset(&mut self, card: i32) {
-        let brother = self.devices.iter().find(|device| device.header.card == card).and_then(|device| device.header.brother);
+        let brother =
+            self.devices.iter().find(|device| device.header.card == card).and_then(|device| device.header.brother);
         for device in &mut self.devices {
             let along = device.header.card == card || Some(device.header.card) == brother;
             if along {
