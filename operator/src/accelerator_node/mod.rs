@@ -11,8 +11,9 @@ pub mod remediate;
 mod remediate_tests;
 pub mod remediation;
 pub mod signs;
+pub mod world;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use berth_crds::{
     AcceleratorNode, AcceleratorNodeSpec, LABEL_MODE, LABEL_RACK, TAINT_NATIVE,
@@ -137,7 +138,7 @@ fn held_by(pods: &[Pod]) -> Vec<Holder> {
         if matches!(phase, "Succeeded" | "Failed") {
             continue;
         }
-        let mut held = std::collections::BTreeMap::<&str, u64>::new();
+        let mut held = BTreeMap::<&str, u64>::new();
         for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
             let resources = container.resources.as_ref();
             let limits = resources.and_then(|resources| resources.limits.as_ref().or(resources.requests.as_ref()));
@@ -237,7 +238,7 @@ const NEEDS: [(&str, Step); 2] =
     [("berth.dev/service-needed", Step::ServiceHardware), ("berth.dev/reboot-needed", Step::RebootNode)];
 
 /// What devices need that no order brings: device, reason and code.
-fn needs(object: &AcceleratorNode) -> std::collections::BTreeMap<String, String> {
+fn needs(object: &AcceleratorNode) -> BTreeMap<String, String> {
     let devices = object.status.as_ref().map(|status| status.devices.as_slice()).unwrap_or_default();
     let text = |step: Step| {
         let wanting = devices.iter().filter(|device| device.action == step).map(|device| {
@@ -274,7 +275,7 @@ fn ours(spec: &AcceleratorNodeSpec) -> AcceleratorNodeSpec {
 async fn write(
     accelerators: &AcceleratorNode,
     wanted: &AcceleratorNodeSpec,
-    needs: &std::collections::BTreeMap<String, String>,
+    needs: &BTreeMap<String, String>,
     context: &Context,
 ) -> Result<(), NodeError> {
     let name = accelerators.name_any();

@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    book::Book,
+    book::{Book, Operation, Phase},
     device_taints::DeviceTaints,
     facts,
     remediate::{Decision, Mode, Policy, Told, World, remediate},
@@ -188,7 +188,8 @@ impl RemediationPass<'_> {
         let Some(held) = memory.held.take() else {
             let policy = Policy { mode: Mode::Advise, ..self.settings.policy.clone() };
             let Decision { advice, .. } = remediate(&world, &Book::default(), &policy, unix);
-            return Ok(self.advise(memory, accelerators, advice).await);
+            self.advise(memory, accelerators, advice).await;
+            return Ok(());
         };
         let (decision, would) = self.decide(&world, &held, unix);
         let before = held.book.clone();
@@ -261,9 +262,9 @@ impl RemediationPass<'_> {
         let data = object.data.get_or_insert_default();
         data.insert("book.json".to_owned(), serde_json::to_string_pretty(book).map_err(wrong)?);
         data.insert("settings".to_owned(), described(&self.settings.policy));
-        match would.is_empty() {
-            true => drop(data.remove("dryRun")),
-            false => drop(data.insert("dryRun".to_owned(), would.join("\n"))),
+        data.remove("dryRun");
+        if !would.is_empty() {
+            data.insert("dryRun".to_owned(), would.join("\n"));
         }
         let object = self.writes.replace(&self.api(), &object).await?;
         Ok(Held { object, book: book.clone(), read })
@@ -344,17 +345,17 @@ fn event(reason: &str, warning: bool, note: String) -> Event {
     Event { type_, reason: reason.to_owned(), note: Some(note), action: managers::OPERATOR.to_owned(), secondary: None }
 }
 
-fn doing(operation: &super::book::Operation) -> &'static str {
+fn doing(operation: &Operation) -> &'static str {
     match operation.phase {
-        super::book::Phase::Emptying => "emptied",
-        super::book::Phase::Ordered | super::book::Phase::Validating => "ordered",
+        Phase::Emptying => "emptied",
+        Phase::Ordered | Phase::Validating => "ordered",
     }
 }
 
 /// What a dry run would begin, one line each; without ids, which differ in each pass.
 fn would(real: &Book, played: &Book) -> Vec<String> {
     let new = played.operations.iter().filter(|(id, _)| !real.operations.contains_key(*id));
-    let line = |operation: &super::book::Operation| {
+    let line = |operation: &Operation| {
         let members: Vec<&str> = operation.members.iter().map(DeviceId::local).collect();
         let (action, device) = (operation.action, &operation.device);
         format!(

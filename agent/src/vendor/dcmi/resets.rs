@@ -4,7 +4,6 @@
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, c_int},
-    sync::Arc,
     thread,
     time::Duration,
 };
@@ -53,7 +52,7 @@ pub fn reset(
     clock: &Clock,
     until: Duration,
 ) -> Result<(), ResetError> {
-    let library = Arc::new(Dcmi::open(path)?);
+    let library = Dcmi::open(path)?;
     let at = library.place(device)?;
     let symbol = if library.second { "dcmiv2_reset_device" } else { "dcmi_set_device_reset" };
     library.api.reset(at).map_err(|code| ResetError::Refused { symbol, code })?;
