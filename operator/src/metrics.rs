@@ -7,12 +7,20 @@ use berth_runtime::{
     Clock,
     telemetry::{Described, Gauges, Seconds},
 };
+use berth_types::Action;
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 
-use crate::{accelerator_node::book::Book, error::Category, survey::Survey};
+use crate::{
+    accelerator_node::{
+        book::{Book, Phase},
+        remediation::TOLD,
+    },
+    error::Category,
+    survey::Survey,
+};
 
 type Labels = Vec<(&'static str, &'static str)>;
 
@@ -139,6 +147,9 @@ impl OperatorMetrics {
                 drop(metrics.errors.get_or_create(&vec![("kind", kind), ("category", category.as_str())]));
             }
         }
+        for reason in TOLD {
+            drop(metrics.remediation_events.get_or_create(&vec![("reason", reason)]));
+        }
         RECONCILES.add(registry, metrics.reconciles.clone());
         ERRORS.add(registry, metrics.errors.clone());
         SECONDS.add(registry, metrics.seconds.clone());
@@ -228,6 +239,11 @@ impl OperatorMetrics {
     /// Shows the operations that are under way.
     pub(crate) fn remediating(&self, book: &Book) {
         let mut gauges = BTreeMap::<Vec<(&'static str, String)>, f64>::new();
+        for action in [Action::ResetDevice, Action::ResetGroup, Action::RebootNode] {
+            for phase in [Phase::Emptying, Phase::Ordered, Phase::Validating] {
+                gauges.insert(vec![("action", action.to_string()), ("phase", format!("{phase:?}"))], 0.0);
+            }
+        }
         for operation in book.operations.values() {
             let labels = vec![("action", operation.action.to_string()), ("phase", format!("{:?}", operation.phase))];
             *gauges.entry(labels).or_default() += 1.0;

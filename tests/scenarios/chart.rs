@@ -68,6 +68,10 @@ fn values_that_nobody_reads_are_refused_by_name() {
             "scheduler.store.etcd.tls.secretName: https://etcd:2379",
         ),
         ("operator.store.type=etcd", "at '/operator': additional properties 'store' not allowed"),
+        (
+            "operator.remediation.mode=Auto",
+            "at '/operator/remediation/mode': value must be one of 'Advise', 'DryRun', 'Act'",
+        ),
         ("ipFamily=IPv5", "at '/ipFamily': value must be one of 'IPv4', 'IPv6'"),
     ];
     for (value, sentence) in cases {
@@ -161,6 +165,17 @@ fn pages_for_other_exporters_are_served_and_scraped_only_where_they_are_asked_fo
         .map(|endpoint| endpoint["path"].clone())
         .collect();
     assert_eq!(paths, ["/metrics", "/metrics/dcgm", "/metrics/npu"]);
+}
+
+#[test]
+fn the_operator_may_taint_devices_where_the_cluster_knows_them_and_nodes_where_it_is_asked_to() {
+    let rights =
+        |args: &[&str]| template(&[&["--show-only", "templates/operator/rbac.yaml"], args].concat()).expect("rendered");
+    assert!(!rights(&[]).contains("devicetaintrules") && rights(&[]).contains("nodes/status"));
+    let knows = ["--api-versions", "resource.k8s.io/v1beta2/DeviceTaintRule"];
+    assert!(rights(&knows).contains("devicetaintrules"));
+    let none = rights(&[&knows[..], &["--set", "operator.remediation.nodeSigns=false"]].concat());
+    assert!(!none.contains("devicetaintrules") && !none.contains("nodes/status"));
 }
 
 #[test]

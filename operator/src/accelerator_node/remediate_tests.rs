@@ -1,3 +1,5 @@
+//! What remediation decides, case by case, and what it never does in any order of events.
+
 use std::collections::BTreeMap;
 
 use berth_crds::accelerator_node::OrderPhase;

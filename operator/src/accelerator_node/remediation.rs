@@ -40,6 +40,21 @@ use crate::{
 pub const OBJECT: &str = "berth-remediation";
 /// Annotation of that object which stops remediation while it is `true`.
 pub const PAUSED: &str = "berth.dev/paused";
+/// Reasons of the events that remediation tells.
+pub(crate) const TOLD: [&str; 12] = [
+    "DryRun",
+    "RebootNeeded",
+    "RemediationAdvised",
+    "RemediationBegan",
+    "RemediationCancelled",
+    "RemediationCarriedOut",
+    "RemediationEnded",
+    "RemediationFailed",
+    "RemediationOrdered",
+    "RemediationStuck",
+    "RemediationSucceeded",
+    "ServiceNeeded",
+];
 /// Changes within this make one pass.
 const GATHER: Duration = Duration::from_millis(200);
 /// Deadlines pass and objects are paused without a change in any cache.
