@@ -167,6 +167,7 @@ impl NodeStatus {
     async fn write(&self, api: &Api<AcceleratorNode>, mut known: watch::Receiver<Option<AcceleratorNode>>) {
         let (mut published, mut workers) = (self.published.clone(), self.workers.clone());
         let mut fates = self.orders.fates.clone();
+        let mut orders_come = true;
         // What the object knows of orders must be read before it is written over.
         if self.orders.remembered.subscribe().wait_for(Option::is_some).await.is_err() {
             return;
@@ -215,7 +216,7 @@ impl NodeStatus {
                 () = std::future::ready(()), if failed => {}
                 changed = published.changed() => if changed.is_err() { return },
                 changed = workers.changed() => if changed.is_err() { return },
-                changed = fates.changed() => if changed.is_err() { return },
+                changed = fates.changed(), if orders_come => orders_come = changed.is_ok(),
                 changed = known.wait_for(Option::is_none), if object.is_some() => if changed.is_err() { return },
             }
         }
@@ -326,6 +327,13 @@ fn says_nothing_new(written: &AcceleratorNodeStatus, now: &AcceleratorNodeStatus
 }
 
 impl OrderBook {
+    /// Of an agent that carries out no orders.
+    #[must_use]
+    pub fn closed() -> Self {
+        let (_, fates) = watch::channel(Some(Arc::default()));
+        Self { fates, recorded: watch::Sender::default(), remembered: watch::Sender::default() }
+    }
+
     /// Keeps what the object knew at first sight, and nothing later: from then on this agent knows better.
     fn remember(&self, status: Option<&AcceleratorNodeStatus>) {
         self.remembered.send_if_modified(|remembered| {

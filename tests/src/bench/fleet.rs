@@ -11,7 +11,7 @@ use berth_agent::{
         kmsg::{KernelLog, Read},
     },
     metrics::Metrics,
-    node_status::NodeStatus,
+    node_status::{NodeStatus, OrderBook},
     observe,
     orders::Wanted,
     published::Publisher,
@@ -163,7 +163,8 @@ impl Agent {
         let (boot_id, backend) = (text, BackendKind::Cpu);
         let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id, uptime_ms: 0, backend };
         tokio::spawn(publisher.run(observation.snapshots, see_wanted, publish, stop.clone()));
-        let status = NodeStatus { clock: clock.clone(), client, node, published, workers, wanted, metrics };
+        let orders = OrderBook::closed();
+        let status = NodeStatus { clock: clock.clone(), client, node, published, workers, wanted, orders, metrics };
         tokio::spawn(until(stop.clone(), status.run(stop.clone()), view));
         let caught_up = log.clone();
         let reading = read(clock.clone(), observation.facts, devices, caught_up);
