@@ -137,6 +137,7 @@ const CREATION: &[(&str, &str, &str, &str)] = &[
         "3",
         "every layer must have as many entries as the devices have slots per layer together",
     ),
+    ("PlacementMap", "/spec/layers/1/weights", r#""AAA""#, "a layer with weights must have one for every slot"),
     ("PlacementMap", "/spec/layers/1/experts", r#""AA==""#, "should match '^[A-Za-z0-9+/]*$'"),
     ("DemandReport", "/spec/inputTokens", "5", "spec.inputTokens must be 0 when no request arrived"),
 ];

@@ -205,7 +205,7 @@ async fn an_even_load_and_a_thin_window_move_nothing() {
     let mut thin = vec![1; 16];
     thin[0] = 200;
     runner.load(1, &thin, &routes).await;
-    runner.load(2, &vec![1000; 16], &routes).await;
+    runner.load(2, &[1000; 16], &routes).await;
     let kept = |status: &ExpertPlacementStatus| status.decisions.first().is_some_and(|one| one.cause == "rebalance");
     let status = rig.status_where(kept).await;
     assert_eq!(status.decisions[0].outcome, DecisionOutcome::Kept);
