@@ -126,7 +126,7 @@ fn placement(args: &PlacementArgs) -> anyhow::Result<Verdict> {
     let processors = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = threads.unwrap_or_else(processors).max(1);
     let moved_percent = Some(*moved_percent).filter(|percent| *percent < 100);
-    let options = Options { mode, effort: effort.effort(), threads, moved_percent };
+    let options = Options { mode, effort: effort.effort(), threads, moved_percent, ..Options::default() };
     let mut results = Vec::new();
     for case in &cases {
         let solved = solve_case(case, data, plans.as_deref(), options)?;

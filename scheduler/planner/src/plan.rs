@@ -199,11 +199,20 @@ impl fmt::Display for Certificate {
         let Self { makespan, bound, gap, limit } = self;
         write!(f, "slowest device at {makespan:.3} of the ideal, bound {bound:.3}, gap {:.1} %", gap * 100.0)?;
         match limit {
-            Some(Limit { layer, expert, makespan, relieved }) if *makespan > 1.0005 => write!(
-                f,
-                "; layer {layer} limits at {makespan:.3}: expert {expert}, one more slot for it would make that {relieved:.3}"
-            ),
+            Some(limit) if limit.makespan > 1.0005 => write!(f, "; {limit}"),
             _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { layer, expert, makespan, relieved } = self;
+        write!(f, "layer {layer} limits at {makespan:.3}: expert {expert}, one more slot for it would ")?;
+        if *relieved < makespan - 5e-4 {
+            write!(f, "make that {relieved:.3}")
+        } else {
+            f.write_str("not be enough: other devices are as slow")
         }
     }
 }

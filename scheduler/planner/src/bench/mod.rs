@@ -38,11 +38,13 @@ pub struct Options {
     pub threads: usize,
     /// Most replicas that may move for balance in a window, in percent of all slots; `None` = as many as pay.
     pub moved_percent: Option<u32>,
+    /// Most bytes that may move for balance in a window; `None` = no bound.
+    pub moved_bytes: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { mode: Mode::Oracle, effort: Effort::DEFAULT, threads: 1, moved_percent: Some(6) }
+        Self { mode: Mode::Oracle, effort: Effort::DEFAULT, threads: 1, moved_percent: Some(6), moved_bytes: None }
     }
 }
 
@@ -172,7 +174,7 @@ impl<'a> Course<'a> {
             (Some(_), 0) => moves,
             (Some(_), lost) => Some((lost * REPAIR_PERCENT / 100).saturating_sub(missing)),
         };
-        Budget { moves, bytes: None, price, least: LEAST }
+        Budget { moves, bytes: self.options.moved_bytes, price, least: LEAST }
     }
 
     /// Replicas that were lost since the last plan, and experts that have none left.

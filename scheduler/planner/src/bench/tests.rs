@@ -158,3 +158,19 @@ fn the_same_window_again_moves_nothing() {
     let (results, _) = run(&case, &loads, Options::default(), || 0.0).unwrap();
     assert!(results.iter().all(|result| result.moved_replicas == 0));
 }
+
+#[test]
+fn plans_of_public_cases_are_the_same_to_the_byte_on_any_number_of_threads() {
+    for (id, windows) in [("p01", 1), ("p06", 1), ("p08", 4), ("p14", 1), ("p15", 5)] {
+        let (mut case, mut loads) = public(id);
+        case.windows = windows;
+        case.events.retain(|event| event.window < windows);
+        loads.truncate(windows * case.layers * case.experts * 4);
+        let of = |threads| {
+            let options = Options { threads, effort: Effort::FAST, ..Options::default() };
+            run(&case, &loads, options, || 0.0).unwrap()
+        };
+        let one = of(1);
+        assert!(one == of(2) && one == of(5), "{id}");
+    }
+}

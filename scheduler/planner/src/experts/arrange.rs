@@ -10,6 +10,7 @@ use super::{
     board::Board,
     fleet::Fleet,
     layer::{self, Duty},
+    leap,
     repair::{self, Rows},
     replan::{self, Budget, Track},
 };
@@ -149,7 +150,11 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, boo
         }
     });
     *tracks = slots.into_iter().map(|track| track.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
-    replan::settle(tracks, task.budget)
+    let balance = replan::settle(tracks, task.budget);
+    let leaps = each(task.threads, tracks, |layer, track| {
+        loads.get(layer).filter(|(_, known)| *known).and_then(|_| leap::look(track, task.effort))
+    });
+    leap::settle(tracks, leaps, task.budget, balance)
 }
 
 fn finish(board: &Board<'_>, known: bool, previous: Option<&Rows>) -> Arranged {

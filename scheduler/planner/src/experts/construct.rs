@@ -10,11 +10,11 @@ use super::{
 use crate::num;
 
 /// Copies by expert: `least` each, and each further slot goes to the expert whose copies carry most (the
-/// divisor method, which minimises the largest share). Never more copies than devices.
-pub(super) fn copies(fleet: &Fleet, loads: &[f64], least: usize) -> Vec<usize> {
+/// divisor method, which minimises the largest share). Never more copies than `most`, nor than devices.
+pub(super) fn copies(fleet: &Fleet, loads: &[f64], least: usize, most: usize) -> Vec<usize> {
     let mut counts = vec![least; loads.len()];
     let room = fleet.room(loads.len(), 1, false);
-    let most = fleet.sites.iter().filter(|site| site.slots > 0).count();
+    let most = fleet.sites.iter().filter(|site| site.slots > 0).count().min(most.max(least));
     // Loads are never negative, so that their bits order as they do.
     let key = |expert: usize, count: usize| ((loads[expert] / num::real_size(count)).to_bits(), usize::MAX - expert);
     let mut heap: BinaryHeap<(u64, usize)> = (0..loads.len()).map(|expert| key(expert, least.max(1))).collect();

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 
 use crate::num;
 
+/// Halvings of the interval in which a bound lies.
+const HALVINGS: usize = 40;
+
 /// One device, as a layer sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
@@ -30,6 +33,8 @@ pub struct Fleet {
     pub(super) owner: Vec<usize>,
     /// 1 ÷ speed by device.
     pub(super) inverse: Vec<f64>,
+    /// 1 ÷ `inverse`, so that no loop divides.
+    pub(super) pace: Vec<f64>,
     /// Failure domain of each device, numbered from 0.
     pub(super) node: Vec<usize>,
     /// Failure domains.
@@ -67,6 +72,7 @@ impl Fleet {
             first,
             owner,
             inverse: sites.iter().map(|site| 1.0 / speed(site)).collect(),
+            pace: sites.iter().map(|site| 1.0 / (1.0 / speed(site))).collect(),
             node,
             nodes: numbers.len(),
             speed: sites.iter().map(speed).sum(),
@@ -106,12 +112,45 @@ impl Fleet {
     }
 
     /// The least that the slowest device's load ÷ speed can be over the ideal (total load ÷ total speed),
-    /// whatever the layout; with it, how many of the hottest experts set it. `loads` need no order.
+    /// whatever the layout and however replicas share tokens; with it, how many of the hottest experts set it.
+    /// `loads` need no order.
     ///
     /// The k hottest experts fit on at most S − E + k slots (the others need one each), hence on that many
-    /// devices, and these take at least (their load ÷ their speed).
+    /// devices, and these take at least (their load ÷ their speed). And within a time T no replica carries more
+    /// than T × the highest speed: an expert needs ⌈load ÷ that⌉ of them, on as many devices, and all experts
+    /// together need no more than there are slots.
     #[must_use]
     pub fn bound(&self, loads: &[f64]) -> (f64, usize) {
+        let (least, experts) = self.hottest(loads);
+        let total: f64 = loads.iter().sum();
+        let Some(fastest) = self.classes.first().and_then(|class| class.first()) else { return (least, experts) };
+        // Load of a replica of which a device of the highest speed is full at time 1.
+        let full = total / self.speed / self.inverse[*fastest];
+        if total <= 0.0 || self.room(loads.len(), 1, false) < loads.len() || self.holds_at(loads, full * least) {
+            return (least, experts);
+        }
+        let (mut low, mut high) = (least, least * 2.0);
+        while !self.holds_at(loads, full * high) && high < 1e12 {
+            (low, high) = (high, high * 2.0);
+        }
+        for _ in 0..HALVINGS {
+            let middle = f64::midpoint(low, high);
+            if self.holds_at(loads, full * middle) { high = middle } else { low = middle }
+        }
+        (low * (1.0 - 1e-12), 1)
+    }
+
+    /// Whether there are slots for as many replicas as experts need that carry at most `most` each.
+    fn holds_at(&self, loads: &[f64], most: f64) -> bool {
+        let mut slots = 0_usize;
+        loads.iter().all(|load| {
+            let copies = num::ceil(load / most).max(1);
+            slots += copies;
+            copies <= self.devices()
+        }) && slots <= self.slots()
+    }
+
+    fn hottest(&self, loads: &[f64]) -> (f64, usize) {
         let total: f64 = loads.iter().sum();
         if total <= 0.0 || self.sites.is_empty() {
             return (1.0, loads.len());

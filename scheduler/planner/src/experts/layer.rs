@@ -7,7 +7,7 @@ use super::{
     dice::Dice,
     divide,
     fleet::Fleet,
-    pairs, repair,
+    leap, pairs, repair,
     replan::{self, Budget, Track},
     search::{self, Log, Rules},
 };
@@ -23,8 +23,10 @@ pub struct Duty {
 }
 
 /// Mean slots of a device up to which exchanges at random find what single improvements do not.
-const SHALLOW: f64 = 3.5;
+pub(super) const SHALLOW: f64 = 3.5;
 
+/// Gap beyond which unlike devices are tried with fewer copies.
+const FAR: f64 = 0.03;
 /// Gap beyond which a layer is polished, its rounds, and the work of each.
 const WORTH: f64 = 5e-3;
 const ROUNDS: usize = 4;
@@ -32,7 +34,34 @@ const POLISH: u64 = 50_000;
 
 /// The slots of a layer planned from nothing. `loads` are in units of the ideal time; the duty can be kept,
 /// which `Fleet::room` says before.
+///
+/// On unlike devices an even share of a hot expert may be too much for the slow ones: where the layer is not
+/// good, experts get no more copies than there are devices of the fastest kinds.
 pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: Effort) -> Board<'a> {
+    let mut best = attempt(fleet, loads, duty, effort, usize::MAX);
+    if fleet.classes.len() < 2 || fleet.depth() <= SHALLOW {
+        return best;
+    }
+    let good = fleet.bound(loads).0 + FAR;
+    let mut fast = 0;
+    for class in fleet.classes.iter().take(fleet.classes.len() - 1) {
+        fast += class.len();
+        for quarters in 0..3 {
+            if best.slowest() <= good {
+                return best;
+            }
+            let most = fast + (fleet.devices() - fast) * quarters / 4;
+            let other = attempt(fleet, loads, duty, effort, most);
+            if other.slowest() < best.slowest() {
+                best = other;
+            }
+        }
+    }
+    best
+}
+
+/// One attempt, with at most `most` copies of an expert.
+fn attempt<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: Effort, most: usize) -> Board<'a> {
     let Duty { copies, apart } = duty;
     let target = fleet.bound(loads).0 * (1.0 + effort.close);
     let shallow = fleet.depth() <= SHALLOW;
@@ -41,7 +70,7 @@ pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: 
     if divided.is_some() {
         left /= 2;
     }
-    let slots = divided.unwrap_or_else(|| first(fleet, loads, duty, target, &mut left));
+    let slots = divided.unwrap_or_else(|| first(fleet, loads, duty, most, target, &mut left));
     let mut board = Board::of(fleet, loads, &slots);
     repair::scatter(&mut board, copies);
     repair::fill(&mut board);
@@ -60,13 +89,13 @@ pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: 
     }
     search::shake(&mut board, rules, &mut left, &mut dice);
     board.weigh();
-    polish(board, duty, target)
+    polish(board, duty, target, effort)
 }
 
 /// What a re-plan for the same loads would still do, so that it finds nothing to do: only where the slowest
 /// device is so far from the bound that a re-plan would look at all.
-fn polish(board: Board<'_>, duty: Duty, target: f64) -> Board<'_> {
-    let mut board = board;
+fn polish(board: Board<'_>, duty: Duty, target: f64, effort: Effort) -> Board<'_> {
+    let (mut board, mut leaping) = (board, true);
     for _ in 0..ROUNDS {
         repair::fill(&mut board);
         let peak = board.slowest();
@@ -76,7 +105,13 @@ fn polish(board: Board<'_>, duty: Duty, target: f64) -> Board<'_> {
         let before = board.held();
         let mut track = [Track::new(board, before, duty, false)];
         track[0].advance(usize::MAX, POLISH);
-        let _ = replan::settle(&mut track, Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 });
+        let worth = Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 };
+        let balance = replan::settle(&mut track, worth);
+        if leaping {
+            let leap = leap::look(&track[0], effort);
+            leaping = leap.is_some();
+            leap::settle(&mut track, vec![leap], worth, balance);
+        }
         let [track] = track;
         board = track.board;
         board.weigh();
@@ -89,9 +124,9 @@ fn polish(board: Board<'_>, duty: Duty, target: f64) -> Board<'_> {
 }
 
 /// Copies and slots before any improvement.
-fn first(fleet: &Fleet, loads: &[f64], duty: Duty, target: f64, left: &mut u64) -> Vec<usize> {
+fn first(fleet: &Fleet, loads: &[f64], duty: Duty, most: usize, target: f64, left: &mut u64) -> Vec<usize> {
     let Duty { copies, apart } = duty;
-    let mut counts = construct::copies(fleet, loads, copies);
+    let mut counts = construct::copies(fleet, loads, copies, most);
     if pairs::apply(fleet) && copies < 2 {
         pairs::recount(fleet, loads, &mut counts, copies, target, left);
         return pairs::seat(fleet, loads, &counts);

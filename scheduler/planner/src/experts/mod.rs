@@ -8,6 +8,7 @@ mod dice;
 mod divide;
 mod fleet;
 mod layer;
+mod leap;
 mod pairs;
 mod repair;
 mod replan;
@@ -22,7 +23,8 @@ use crate::{
     gang::{Gang, Infeasible},
     num,
     plan::{Balance, Certificate, DeviceSlots, Layout, Limit},
-    problem::{Device, Goal, Problem, Survive},
+    problem::{Device, Goal, Problem, Sharing, Survive},
+    share,
 };
 
 pub use arrange::{Arranged, Short, Task, arrange, fill};
@@ -59,21 +61,38 @@ pub(crate) fn place(
         effort: problem.effort,
         threads: problem.threads,
     };
-    let (arranged, balance) = fill(&task).map_err(|short| Infeasible::Arrangement {
-        layer: layers.first().map_or(0, |layer| layer.0),
-        devices: devices.len(),
-        why: short.to_string(),
-    })?;
-    let certificate = certify(&layers, &arranged);
+    let filled = |task: &Task<'_>| {
+        let (arranged, balance) = fill(task).map_err(|short| Infeasible::Arrangement {
+            layer: layers.first().map_or(0, |layer| layer.0),
+            devices: devices.len(),
+            why: short.to_string(),
+        })?;
+        let certificate = certify(&layers, &arranged);
+        Ok((layout(&devices, &layers, arranged), certificate, balance))
+    };
+    // Where replicas are weighed, weights may even out what has drifted without a byte moved.
+    let weighs = problem.instance.sharing == Sharing::Weighted && task.budget.moves != Some(0);
+    if weighs && previous.is_some() {
+        let (kept, mut certificate, _) = filled(&Task { budget: Budget::NONE, ..task })?;
+        let even = certificate.clone();
+        share::certify(problem, &kept, &share::weights(problem, &kept), &mut certificate);
+        let slack = certificate.makespan - certificate.bound;
+        if slack <= task.budget.least {
+            return Ok((kept, even, Balance::Close { slack }));
+        }
+    }
+    filled(&task)
+}
+
+fn layout(devices: &[(&Device, usize)], layers: &[LayerId], arranged: Vec<Arranged>) -> Layout {
     let slots =
         devices.iter().map(|(device, slots)| DeviceSlots { device: device.id.clone(), slots: num::small(*slots) });
     let row = |arranged: Arranged| {
         let slots = arranged.rows.into_iter().flatten();
         slots.map(|slot| slot.map(|expert| ExpertId(num::small(expert)))).collect()
     };
-    let layout =
-        Layout { devices: slots.collect(), layers: layers.into_iter().zip(arranged.into_iter().map(row)).collect() };
-    Ok((layout, certificate, balance))
+    let layers = layers.iter().copied().zip(arranged.into_iter().map(row)).collect();
+    Layout { devices: slots.collect(), layers }
 }
 
 /// What may move for balance.

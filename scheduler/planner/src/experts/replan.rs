@@ -26,6 +26,12 @@ pub struct Budget {
 impl Budget {
     /// Nothing moves but what must.
     pub const NONE: Self = Self { moves: Some(0), bytes: None, price: 0.0, least: 0.0 };
+
+    /// Most replicas and bytes.
+    pub(super) fn most(self) -> (i64, i64) {
+        let bytes = self.bytes.map_or(i64::MAX, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
+        (self.moves.map_or(i64::MAX, num::whole), bytes)
+    }
 }
 
 /// Slowest devices that steps are looked for on. More would lower the sum of squares faster, and the peak
@@ -56,7 +62,7 @@ pub(super) struct Track<'a> {
     pub(super) board: Board<'a>,
     /// What devices held at the beginning.
     before: Vec<u64>,
-    duty: Duty,
+    pub(super) duty: Duty,
     heaviest: f64,
     steps: Vec<Step>,
     peak: f64,
@@ -104,6 +110,27 @@ impl<'a> Track<'a> {
                 undo(&mut self.board, (step.change, step.held));
             }
         }
+    }
+
+    /// Replicas and bytes that the steps taken move.
+    pub(super) fn spent(&self) -> (i64, i64) {
+        self.steps.iter().fold((0, 0), |sum, step| (sum.0 + step.moves, sum.1 + step.bytes))
+    }
+
+    /// Replicas and bytes on `board` that devices did not hold at the beginning.
+    pub(super) fn loaded(&self, board: &Board<'_>) -> (i64, i64) {
+        let owned = board.slots.iter().zip(&board.fleet.owner);
+        let new = owned.filter(|(held, device)| **held != EMPTY && !self.was(**held, **device));
+        new.fold((0, 0), |(moves, bytes), (_, device)| {
+            (moves + 1, bytes + i64::try_from(board.fleet.sites[*device].bytes).unwrap_or(i64::MAX / 4))
+        })
+    }
+
+    /// Another layout in place of all steps.
+    pub(super) fn replace(&mut self, board: Board<'a>) {
+        self.steps.clear();
+        self.board = board;
+        self.peak = self.board.slowest();
     }
 
     fn was(&self, expert: usize, device: usize) -> bool {
@@ -241,7 +268,7 @@ impl<'a> Track<'a> {
 
 /// What load² ÷ speed of a device grows by with `extra` load.
 #[inline]
-fn rise(board: &Board<'_>, device: usize, extra: f64) -> f64 {
+pub(super) fn rise(board: &Board<'_>, device: usize, extra: f64) -> f64 {
     extra * (2.0 * board.time(device, 0.0) + extra * board.fleet.inverse[device])
 }
 
@@ -279,8 +306,7 @@ pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) -> Balance {
     let mut best = (budget.least, taken.clone());
     let (mut paid, mut most_net) = (None, (f64::NEG_INFINITY, 0.0, 0.0));
     let (mut moves, mut bytes, mut relief) = (0_i64, 0_i64, 0.0);
-    let most = budget.moves.map_or(i64::MAX, num::whole);
-    let most_bytes = budget.bytes.map_or(i64::MAX, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
+    let (most, most_bytes) = budget.most();
     let mut heads: std::collections::BinaryHeap<(u64, std::cmp::Reverse<usize>)> = tracks
         .iter()
         .enumerate()

@@ -34,6 +34,8 @@ pub(super) struct Rules {
 
 /// Slowest devices for which further copies are looked for.
 const COPIES: usize = 4;
+/// Devices passed over for the work of one exchange looked at.
+const GLANCES: usize = 8;
 /// Gain below which a change is not worth making.
 const LEAST: f64 = 1e-9;
 
@@ -168,16 +170,16 @@ pub(super) fn slowest(board: &Board<'_>) -> Option<usize> {
 /// The swap or move that lowers the excess of `slow` and the other device most.
 fn best_swap(board: &Board<'_>, slow: usize, rules: Rules, effort: &mut u64) -> Option<Found> {
     let fleet = board.fleet;
-    let (load, inverse) = (board.carried[slow], fleet.inverse[slow]);
+    let (load, inverse, pace) = (board.carried[slow], fleet.inverse[slow], fleet.pace[slow]);
     let own = over(load * inverse, rules.target);
     let mut best = Found { gain: LEAST, change: Change::Swap(0, 0) };
     let mut any = false;
-    let mut work = 0_usize;
+    let mut work = fleet.devices() / GLANCES;
     for other in 0..fleet.devices() {
         let (carried, back) = (board.carried[other], fleet.inverse[other]);
         let both = own + over(carried * back, rules.target);
         // Even evened out the two would gain no more.
-        let even = (load + carried) / (1.0 / inverse + 1.0 / back);
+        let even = (load + carried) / (pace + fleet.pace[other]);
         if other == slow || both - over(even, rules.target) <= best.gain {
             continue;
         }

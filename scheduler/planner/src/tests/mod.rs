@@ -1,8 +1,10 @@
 //! What must hold of every plan, whatever the problem.
 
 mod fixtures;
+mod gang;
 mod golden;
 mod layers;
+mod replans;
 mod sharing;
 
 use std::collections::BTreeSet;

@@ -2,12 +2,17 @@
 //! anything moves for it is decided elsewhere.
 //!
 //! Windows are noisy (few tokens per expert) and drift (the mixture of tasks walks), and both are common to
-//! all layers. So the forecast is the last window plus multiples of its distances from earlier windows of the
-//! same task, Σ b(j) · (x(w) − x(w − j)): a negative b smooths as exponential weights do, a positive one
-//! follows a trend. The multiples are those that would have forecast the windows seen so far best (least
-//! squares over all experts of all layers, older windows counting less, with a ridge). After a task switch,
-//! seen as a distance far beyond noise and drift, only windows after it count, with the multiples learnt
-//! before.
+//! all layers: windows are mixtures of few tasks, so that they lie near a space of few dimensions, and what
+//! leaves it is noise. The forecast is the last window projected on that space, plus multiples of its distances from
+//! earlier windows of the same task, Σ b(j) · (x(w) − x(w − j)): the multiples that would have forecast the
+//! windows seen so far best (least squares over all experts of all layers, older windows counting less, with a
+//! ridge); plus a little of everything seen, because the next window may be another task's. After a task
+//! switch, seen as a distance far beyond noise and drift, trends are of the windows after it only. All of it is a
+//! sum of kept windows, whose weights follow from their products alone.
+
+mod algebra;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 
@@ -23,7 +28,13 @@ const LAGS: usize = 3;
 /// What a window counts beside the next one in learning.
 const FADE: f64 = 0.8;
 /// Ridge, as a share of the mean diagonal.
-const RIDGE: f64 = 0.02;
+const RIDGE: f64 = 0.2;
+/// Windows below which noise cannot be told from what tasks do.
+const FEW: usize = 4;
+/// A direction counts whose length is this many times that of the shortest, which is noise.
+const ABOVE: f64 = 2.0;
+/// What the mean of all kept windows counts.
+const CAUTION: f64 = 0.05;
 /// A window this many times further from the last than noise and drift explain is another task's.
 const SWITCH: f64 = 2.5;
 /// Drift that every task may have from window to window, as a share of the tokens.
@@ -134,8 +145,8 @@ impl Forecast {
                 self.calm = Some(self.calm.map_or(distance, |calm| 0.7 * calm + 0.3 * distance));
             }
         }
-        let with = |kept: &Kept| dot(&kept.shares, &shares);
-        let mut products = vec![dot(&shares, &shares)];
+        let with = |kept: &Kept| algebra::dot(&kept.shares, &shares);
+        let mut products = vec![algebra::dot(&shares, &shares)];
         products.extend(self.kept.iter().rev().map(with));
         self.kept.push_back(Kept { shares, products, task: self.task });
         while self.kept.len() > KEPT {
@@ -161,12 +172,10 @@ impl Forecast {
     #[must_use]
     pub fn expect(&self) -> Option<Window> {
         let last = self.kept.back()?;
-        let weights = self.weights();
-        let mut expected = last.shares.clone();
-        for (lag, weight) in weights.iter().enumerate() {
-            let Some(earlier) = self.kept.iter().rev().nth(lag + 1) else { break };
-            for ((sum, now), then) in expected.iter_mut().zip(&last.shares).zip(&earlier.shares) {
-                *sum += weight * (now - then);
+        let mut expected = vec![0.0; last.shares.len()];
+        for (kept, weight) in self.kept.iter().zip(self.weights()) {
+            for (sum, share) in expected.iter_mut().zip(&kept.shares) {
+                *sum += weight * share;
             }
         }
         let mut from = 0;
@@ -186,15 +195,68 @@ impl Forecast {
         Some(self.expect()?.into_iter().map(tokens).collect())
     }
 
-    /// The multiples b, by lag from 1.
+    /// What each kept window counts in the forecast, the oldest first.
     fn weights(&self) -> Vec<f64> {
         let Some(last) = self.kept.back() else { return Vec::new() };
+        let smooth = self.smooth();
+        let products = self.products(&smooth);
         let same = self.kept.iter().rev().take_while(|kept| kept.task == last.task).count();
-        (1..=LAGS.min(same.saturating_sub(1))).rev().find_map(|lags| self.learn(lags)).unwrap_or_default()
+        let lags = (1..=LAGS.min(same.saturating_sub(1))).rev();
+        let trend = lags.into_iter().find_map(|lags| self.learn(lags, &products)).unwrap_or_default();
+        let row = |back: usize| smooth.iter().rev().nth(back).map(Vec::as_slice).unwrap_or_default();
+        let mut weights = row(0).to_vec();
+        for (lag, multiple) in trend.iter().enumerate() {
+            for ((weight, now), then) in weights.iter_mut().zip(row(0)).zip(row(lag + 1)) {
+                *weight += multiple * (now - then);
+            }
+        }
+        let all = 1.0 / num::real_size(self.kept.len());
+        weights.iter().map(|weight| (1.0 - CAUTION) * weight + CAUTION * all).collect()
+    }
+
+    /// By kept window, the multiples of all kept windows whose sum is that window without noise: its projection
+    /// on the directions in which windows differ by more than noise. The windows themselves while they are few.
+    fn smooth(&self) -> Vec<Vec<f64>> {
+        let size = self.kept.len();
+        let unit = |at: usize| (0..size).map(|other| if at == other { 1.0 } else { 0.0 }).collect();
+        if size < FEW {
+            return (0..size).map(unit).collect();
+        }
+        let gram = (0..size).map(|one| (0..size).map(|other| self.product(one, other)).collect()).collect();
+        let pairs = algebra::eigen(gram);
+        let most = pairs.first().map_or(0.0, |(value, _)| *value);
+        let noise = pairs.last().map_or(0.0, |(value, _)| value.max(most * 1e-12));
+        let mut smooth = vec![vec![0.0; size]; size];
+        for (at, (value, vector)) in pairs.iter().enumerate() {
+            // The values are squares of lengths.
+            if at > 0 && *value <= ABOVE * ABOVE * noise {
+                break;
+            }
+            for (row, one) in smooth.iter_mut().zip(vector) {
+                for (entry, other) in row.iter_mut().zip(vector) {
+                    *entry += one * other;
+                }
+            }
+        }
+        smooth
+    }
+
+    /// Products of the smooth windows.
+    fn products(&self, smooth: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let size = smooth.len();
+        let half: Vec<Vec<f64>> = smooth
+            .iter()
+            .map(|row| {
+                (0..size)
+                    .map(|at| row.iter().enumerate().map(|(by, weight)| weight * self.product(by, at)).sum())
+                    .collect()
+            })
+            .collect();
+        half.iter().map(|row| smooth.iter().map(|other| algebra::dot(row, other)).collect()).collect()
     }
 
     /// Multiples of `lags` earlier windows, learnt from the windows that have as many before them.
-    fn learn(&self, lags: usize) -> Option<Vec<f64>> {
+    fn learn(&self, lags: usize, products: &[Vec<f64>]) -> Option<Vec<f64>> {
         let mut matrix = vec![vec![0.0; lags]; lags];
         let mut right = vec![0.0; lags];
         let mut any = false;
@@ -205,11 +267,9 @@ impl Forecast {
             }
             any = true;
             let fade = FADE.powf(num::real_size(self.kept.len() - 1 - at));
+            let of = |one: usize, other: usize| products[at - one][at - other];
             // ⟨x(at − a) − x(at − b), x(at − c) − x(at − d)⟩
-            let product = |a: usize, b: usize, c: usize, d: usize| {
-                self.product(at - a, at - c) - self.product(at - a, at - d) - self.product(at - b, at - c)
-                    + self.product(at - b, at - d)
-            };
+            let product = |a: usize, b: usize, c: usize, d: usize| of(a, c) - of(a, d) - of(b, c) + of(b, d);
             for (one, (row, right)) in matrix.iter_mut().zip(&mut right).enumerate() {
                 *right += fade * product(1, 2 + one, 0, 1);
                 for (other, entry) in row.iter_mut().enumerate() {
@@ -224,129 +284,11 @@ impl Forecast {
         for (at, row) in matrix.iter_mut().enumerate() {
             row[at] += RIDGE * mean;
         }
-        Some(eliminate(matrix, right))
+        Some(algebra::eliminate(matrix, right))
     }
 
     fn product(&self, one: usize, other: usize) -> f64 {
         let (late, early) = (one.max(other), one.min(other));
         self.kept.get(late).and_then(|kept| kept.products.get(late - early)).copied().unwrap_or(0.0)
-    }
-}
-
-fn dot(one: &[f64], other: &[f64]) -> f64 {
-    // Four sums at once: the order of additions is fixed, and the processor need not wait for each.
-    let (heads, tail) = one.as_chunks::<4>();
-    let (others, rest) = other.as_chunks::<4>();
-    let mut sums = [0.0; 4];
-    for (one, other) in heads.iter().zip(others) {
-        for (sum, (one, other)) in sums.iter_mut().zip(one.iter().zip(other)) {
-            *sum += one * other;
-        }
-    }
-    sums.iter().sum::<f64>() + tail.iter().zip(rest).map(|(one, other)| one * other).sum::<f64>()
-}
-
-/// Solves a small system with a positive diagonal.
-fn eliminate(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>) -> Vec<f64> {
-    let size = right.len();
-    for pivot in 0..size {
-        for row in pivot + 1..size {
-            let factor = matrix[row][pivot] / matrix[pivot][pivot];
-            let above = matrix[pivot].clone();
-            for (entry, above) in matrix[row].iter_mut().zip(above) {
-                *entry -= factor * above;
-            }
-            right[row] -= factor * right[pivot];
-        }
-    }
-    let mut solution = vec![0.0; size];
-    for row in (0..size).rev() {
-        let known: f64 = (row + 1..size).map(|at| matrix[row][at] * solution[at]).sum();
-        solution[row] = (right[row] - known) / matrix[row][row];
-    }
-    solution
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn seen(windows: &[Vec<f64>]) -> Forecast {
-        let mut forecast = Forecast::new(vec![windows[0].len()]);
-        for window in windows {
-            assert_eq!(forecast.observe(std::slice::from_ref(window)), vec![]);
-        }
-        forecast
-    }
-
-    #[test]
-    fn windows_that_are_alike_are_expected_again() {
-        let window = vec![600.0, 300.0, 100.0];
-        let expected = seen(&vec![window.clone(); 5]).expect().unwrap().remove(0);
-        assert!(expected.iter().zip(&window).all(|(one, other)| (one - other).abs() < 1e-6), "{expected:?}");
-        assert_eq!(seen(&[window]).tokens().unwrap(), vec![vec![600, 300, 100]]);
-    }
-
-    #[test]
-    fn a_steady_trend_is_followed() {
-        let window = |at: u32| (0..40).map(|e| 5000.0 + f64::from(at) * f64::from(e - 20) * 8.0).collect::<Vec<_>>();
-        let expected = seen(&(0..8).map(window).collect::<Vec<_>>()).expect().unwrap().remove(0);
-        let (now, next) = (window(7), window(8));
-        let miss = |of: &[f64]| of.iter().zip(&next).map(|(one, other)| (one - other).abs()).sum::<f64>();
-        assert!(miss(&expected) < 0.3 * miss(&now), "{} of {}", miss(&expected), miss(&now));
-    }
-
-    #[test]
-    fn noise_is_smoothed() {
-        let noise = |at: u32, e: u32| f64::from((at * 7919 + e * 104_729 + at * e * 31) % 101) - 50.0;
-        let window = |at: u32| (0..200).map(|e| 1000.0 + noise(at, e)).collect::<Vec<_>>();
-        let windows: Vec<_> = (0..10).map(window).collect();
-        let miss = |of: &[f64]| of.iter().map(|load| (load - 1000.0).abs()).sum::<f64>();
-        let expected = seen(&windows).expect().unwrap().remove(0);
-        assert!(miss(&expected) < 0.9 * miss(&windows[9]), "{} of {}", miss(&expected), miss(&windows[9]));
-    }
-
-    #[test]
-    fn a_task_switch_forgets_the_task_before() {
-        let calm = vec![900.0, 50.0, 50.0];
-        let mut forecast = seen(&vec![calm; 4]);
-        assert!(!forecast.switched());
-        forecast.observe(&[vec![50.0, 50.0, 900.0]]);
-        assert!(forecast.switched());
-        assert_eq!(forecast.tokens().unwrap(), vec![vec![50, 50, 900]]);
-    }
-
-    #[test]
-    fn what_lasts_is_longer_the_calmer_the_loads() {
-        let window = |at: u32, drift: u32| {
-            (0..40).map(|e| f64::from(50_000 + at * drift * if e % 2 == 0 { 2 } else { 0 })).collect::<Vec<_>>()
-        };
-        let lasts = |drift| seen(&(0..8).map(|at| window(at, drift)).collect::<Vec<_>>()).lasts();
-        assert!(
-            lasts(0) > 60.0 && lasts(4000) < lasts(0) && lasts(40_000) < lasts(4000),
-            "{} {}",
-            lasts(4000),
-            lasts(40_000)
-        );
-        let mut forecast = seen(&vec![vec![900.0, 50.0, 50.0]; 4]);
-        let before = forecast.lasts();
-        forecast.observe(&[vec![50.0, 50.0, 900.0]]);
-        assert!(forecast.lasts() <= 4.0 && before > 4.0, "one switch in four windows");
-    }
-
-    #[test]
-    fn what_is_no_load_is_named_and_the_last_good_window_stands_in() {
-        let mut forecast = seen(&[vec![600.0, 300.0, 100.0]]);
-        let bad = forecast.observe(&[vec![1.0, f64::NAN, -3.0]]);
-        assert_eq!(bad.iter().map(|bad| (bad.layer, bad.expert)).collect::<Vec<_>>(), vec![(0, 1), (0, 2)]);
-        assert!(bad[1].to_string().contains("layer 0, expert 2: load -3"), "{}", bad[1]);
-        assert_eq!(forecast.tokens().unwrap(), vec![vec![600, 300, 100]]);
-        assert_eq!(forecast.observe(&[]).len(), 3, "an absent layer counts as not a number");
-    }
-
-    #[test]
-    fn nothing_seen_is_nothing_expected() {
-        assert_eq!(Forecast::new(vec![3]).expect(), None);
-        assert_eq!(seen(&[vec![0.0; 3]]).tokens().unwrap(), vec![vec![0, 0, 0]]);
     }
 }

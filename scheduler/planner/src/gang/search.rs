@@ -1,0 +1,186 @@
+//! The search for devices within one group that an instance may span.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use berth_types::{Bytes, DeviceId};
+
+use super::{Infeasible, slots};
+use crate::{
+    num,
+    problem::{Device, Problem, Survive},
+};
+
+/// The search within one group of devices.
+pub(super) struct Search<'a> {
+    pub(super) problem: &'a Problem,
+    pub(super) kept: &'a BTreeSet<&'a DeviceId>,
+    pub(super) level: Survive,
+    pub(super) blast_radius: Option<u32>,
+    pub(super) group: Vec<usize>,
+}
+
+impl Search<'_> {
+    fn device(&self, index: usize) -> Option<&Device> {
+        self.problem.devices.get(index)
+    }
+
+    fn is_kept(&self, index: usize) -> bool {
+        self.device(index).is_some_and(|device| self.kept.contains(&device.id))
+    }
+
+    /// Slots per layer that the instance wants in all when it spans `devices` devices.
+    fn wanted_slots(&self, devices: usize) -> usize {
+        let experts = num::index(self.problem.instance.geometry.experts);
+        let wanted = experts * self.level.copies() + num::index(self.problem.instance.extra_replicas);
+        wanted.min(experts.saturating_mul(devices))
+    }
+
+    pub(super) fn run(&self) -> Result<Vec<(usize, usize)>, Infeasible> {
+        let instance = &self.problem.instance;
+        let most = instance.granted.map_or(self.group.len(), |granted| num::index(granted).min(self.group.len()));
+        let held = self.group.iter().filter(|index| self.is_kept(**index)).count();
+        let repair = !self.kept.is_empty();
+        let counts: Vec<usize> = match instance.devices.map(num::index) {
+            Some(wanted) if repair => (1..=most.min(wanted)).rev().collect(),
+            Some(wanted) if wanted <= most => vec![wanted],
+            Some(wanted) => {
+                let usable = most;
+                return Err(Infeasible::DevicesShort { wanted, usable, missing: wanted - usable });
+            }
+            None => (held.clamp(1, most.max(1))..=most).chain((1..held.min(most)).rev()).collect(),
+        };
+        let mut error = None;
+        for count in counts {
+            match self.with(count) {
+                Ok(members) => return Ok(members),
+                Err(short) => {
+                    // What is missing with most devices says most.
+                    if error.as_ref().is_none_or(|(tried, _)| *tried < count) {
+                        error = Some((count, short));
+                    }
+                }
+            }
+        }
+        Err(error.map_or(Infeasible::DevicesShort { wanted: 1, usable: 0, missing: 1 }, |(_, short)| short))
+    }
+
+    /// Exactly `count` devices with their slots, from as few interconnect domains as possible.
+    fn with(&self, count: usize) -> Result<Vec<(usize, usize)>, Infeasible> {
+        let mut domains: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for index in &self.group {
+            if let Some(device) = self.device(*index) {
+                domains.entry(device.interconnect()).or_default().push(*index);
+            }
+        }
+        let held = |domain: &Vec<usize>| domain.iter().filter(|index| self.is_kept(**index)).count();
+        let attempt = |pool: &[usize]| {
+            let with = |roomy| self.pick(count, pool, roomy).and_then(|picked| self.slots(picked));
+            with(false).or_else(|| with(true))
+        };
+        // An instance stays in the domains where it is, even if fewer would do: gathering it moves it all.
+        let home: Vec<usize> = domains.values().filter(|domain| held(domain) > 0).flatten().copied().collect();
+        if let Some(members) = attempt(&home) {
+            return Ok(members);
+        }
+        let mut single: Vec<_> = domains.values().filter(|domain| domain.len() >= count).collect();
+        single.sort_by_key(|domain| (std::cmp::Reverse(held(domain)), domain.len()));
+        if let Some(members) = single.into_iter().find_map(|domain| attempt(domain)) {
+            return Ok(members);
+        }
+        let mut ordered: Vec<_> = domains.values().collect();
+        ordered.sort_by_key(|domain| std::cmp::Reverse((held(domain), domain.len())));
+        let mut pool = Vec::new();
+        for domain in ordered {
+            pool.extend(domain.iter().copied());
+            if pool.len() >= count
+                && let Some(members) = attempt(&pool)
+            {
+                return Ok(members);
+            }
+        }
+        Err(self.shortage(count))
+    }
+
+    /// Failure domains for the blast radius and for spreading.
+    fn spread(&self) -> Survive {
+        self.level.max(Survive::Node)
+    }
+
+    /// Most devices of `count` in one failure domain.
+    fn most_in_domain(&self, count: usize) -> usize {
+        match self.blast_radius {
+            Some(percent) => count.saturating_mul(num::index(percent)) / 100,
+            None => count,
+        }
+    }
+
+    /// `count` devices of `pool`: those that hold the instance first, else the failure domain with the
+    /// fewest so far, then healthy before degraded, faster before slower. When `roomy`, those with most slots
+    /// first: no choice within the blast radius has more.
+    fn pick(&self, count: usize, pool: &[usize], roomy: bool) -> Option<Vec<usize>> {
+        let most = self.most_in_domain(count);
+        let mut taken: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut left: Vec<(usize, &Device)> =
+            pool.iter().filter_map(|index| Some((*index, self.device(*index)?))).collect();
+        left.sort_by(|(_, one), (_, other)| {
+            let rank = |device: &Device| (!self.kept.contains(&device.id), device.degraded);
+            rank(one).cmp(&rank(other)).then(other.speed.total_cmp(&one.speed)).then(one.id.cmp(&other.id))
+        });
+        let mut picked = Vec::with_capacity(count);
+        while picked.len() < count {
+            let best = left
+                .iter()
+                .enumerate()
+                .filter_map(|(at, (_, device))| {
+                    let used = taken.get(device.failure_domain(self.spread())).copied().unwrap_or(0);
+                    let slots = if roomy { self.problem.instance.capacity(device, count) } else { 0 };
+                    let rank = (!roomy && !self.kept.contains(&device.id), !roomy && device.degraded);
+                    (used < most).then_some(((rank, std::cmp::Reverse(slots), used, at), at))
+                })
+                .min()?
+                .1;
+            let (index, device) = left.remove(best);
+            *taken.entry(device.failure_domain(self.spread())).or_default() += 1;
+            picked.push(index);
+        }
+        picked.sort_unstable();
+        Some(picked)
+    }
+
+    /// Slots per layer of each picked device.
+    fn slots(&self, picked: Vec<usize>) -> Option<Vec<(usize, usize)>> {
+        let devices: Vec<&Device> = picked.iter().filter_map(|index| self.device(*index)).collect();
+        let slots = slots::share(&self.problem.instance, self.level, self.wanted_slots(picked.len()), &devices)?;
+        Some(picked.into_iter().zip(slots).collect())
+    }
+
+    fn shortage(&self, count: usize) -> Infeasible {
+        let instance = &self.problem.instance;
+        let devices: Vec<&Device> = self.group.iter().filter_map(|index| self.device(*index)).collect();
+        let slots = num::index(instance.geometry.experts) * self.level.copies();
+        let mut rooms: Vec<usize> = devices.iter().map(|device| instance.capacity(device, count)).collect();
+        rooms.sort_unstable_by_key(|room| std::cmp::Reverse(*room));
+        let room: usize = rooms.iter().take(count).sum();
+        if room < slots {
+            let each = devices.first().map_or(Bytes::ZERO, |device| instance.expert_bytes(device.vendor));
+            let short = slots - room;
+            return Infeasible::BytesShort {
+                slots,
+                usable: count,
+                room,
+                short,
+                bytes: each.times(u64::from(instance.geometry.expert_layers())).times(num::count(short)),
+                devices: short.div_ceil(rooms.first().copied().unwrap_or(1).max(1)),
+            };
+        }
+        let domains: BTreeSet<_> = devices.iter().map(|device| device.failure_domain(self.spread())).collect();
+        Infeasible::DomainsShort {
+            level: self.spread().as_str(),
+            wanted: count,
+            most: self.most_in_domain(count),
+            slots,
+            domains: domains.len(),
+            usable: devices.len(),
+        }
+    }
+}
