@@ -27,7 +27,8 @@ bench: build ## figures beside the peers'
 	target/release/berth kernels bench --backend cpu --model v4-flash --tokens 1,4,16
 	target/release/berth bench health --json target/health.json
 	target/release/berth bench placement --manifest tests/data/placement/manifest.json \
-		--data tests/data/placement/data --json target/placement.json
+		--data tests/data/placement/data --repeat 5 --table --json target/placement.json
+	target/release/berth bench placement-sizes --json target/placement-sizes.json --svg target/placement-sizes.svg
 
 golden: ## write generated files and golden texts anew; read the diff
 	$(CARGO) run --locked -p berth-crds --bin crdgen -- charts/berth/files/crds crds/presets

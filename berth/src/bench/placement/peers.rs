@@ -4,11 +4,11 @@
 /// A published balancer on one case.
 pub(super) struct Peer {
     /// Its name.
-    name: &'static str,
+    pub(super) name: &'static str,
     /// Balancedness; next balancedness for cases with windows.
-    balance: f64,
+    pub(super) balance: f64,
     /// Milliseconds, where measured.
-    ms: Option<f64>,
+    pub(super) ms: Option<f64>,
 }
 
 const fn peer(name: &'static str, balance: f64, ms: f64) -> Peer {
@@ -20,7 +20,7 @@ const fn unmeasured(name: &'static str, balance: f64) -> Peer {
 }
 
 /// The best balanced peer and, where another is, the fastest.
-fn peers(case: &str) -> &'static [Peer] {
+pub(super) fn peers(case: &str) -> &'static [Peer] {
     match case {
         "p01-v3-288-32" => {
             const { &[peer("FlashLB", 0.9949, 292.0), peer("SGLang", 0.9736, 10.5), peer("EPLB", 0.9355, 322.0)] }
