@@ -158,7 +158,7 @@ const OF_DEVICES: &[Family] = &[
             labels![],
             "Scale-up links that were up when first seen and are down",
         ),
-        read: |device| plain(device.seen.links_down.map(count)),
+        read: |device| plain(device.measured.links_down.map(count)),
     },
     Family {
         described: Described::gauge("network_up", labels![], "1 while the device's own network port is up, else 0"),

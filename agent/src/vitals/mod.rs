@@ -94,8 +94,6 @@ pub struct Sight {
     pub repairs_pending: Option<u64>,
     /// A repair of memory failed.
     pub repair_failed: Option<bool>,
-    /// Scale-up links that were up when first seen and are down.
-    pub links_down: Option<usize>,
     /// The device's own network port is up.
     pub network_up: Option<bool>,
     /// It is slower than it could be: heat.
@@ -139,6 +137,8 @@ pub struct Measured {
     pub errors: Errors,
     /// Retries on the host's bus.
     pub bus_replays: Option<u64>,
+    /// Scale-up links that were up when first seen and are down; `None` = it had none.
+    pub links_down: Option<usize>,
 }
 
 /// One device as it is scraped.

@@ -63,7 +63,6 @@ fn nvidia() -> (Sight, Measured) {
         uncorrected: Some(2),
         repairs_pending: Some(0),
         repair_failed: Some(false),
-        links_down: Some(1),
         slowed_by_heat: Some(true),
         slowed_by_power: Some(false),
         ..Sight::default()
@@ -82,6 +81,7 @@ fn nvidia() -> (Sight, Measured) {
         busy,
         errors: errors(),
         bus_replays: Some(9),
+        links_down: Some(1),
         ..Measured::default()
     };
     (seen, measured)

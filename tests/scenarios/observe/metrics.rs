@@ -68,8 +68,8 @@ pub(crate) fn labels() -> BTreeSet<String> {
 }
 
 const ACCELERATORS: &str = "\
-Served by agents, for the devices of their node. What a vendor does not tell has no series. Memory, power, clocks, use \
-and errors are read every 15 s while somebody scrapes and gone 2 minutes after the last scrape; health, admission, \
+Served by agents, for the devices of their node. What a vendor does not tell has no series. Memory, power, clocks, use, \
+links and errors are read every 15 s while somebody scrapes and gone 2 minutes after the last scrape; health, admission, \
 conditions and the temperature of NVIDIA's chips are always there. Under vendors' own names: \
 [compatible-metrics.md](compatible-metrics.md).";
 

@@ -37,7 +37,6 @@ pub(super) fn seen(reading: &Reading) -> Sight {
         uncorrected: reading.ecc_uncorrected.value(),
         repairs_pending: reading.rows.value().map(|rows| u64::from(rows.pending)),
         repair_failed: reading.rows.value().map(|rows| rows.failed),
-        links_down: Some(reading.links_down.len()),
         slowed_by_heat: reasons.map(|reasons| reasons & HEAT != 0),
         slowed_by_power: reasons.map(|reasons| reasons & POWER != 0),
         ..Sight::default()
@@ -86,6 +85,15 @@ const STEPS: &[Step] = &[
     ("bus replays", |gpu, out| {
         gpu.library.api.replays(gpu.target.handle).map(|value| out.bus_replays = Some(value.into()))
     }),
+    // Asked once more: a reading of health that broke off says nothing of those it did not reach.
+    ("links", |gpu, out| {
+        let mut down = 0;
+        for link in &gpu.target.links {
+            down += usize::from(!gpu.library.api.link_up(gpu.target.handle, *link)?);
+        }
+        out.links_down = Some(down).filter(|_| !gpu.target.links.is_empty());
+        Ok(())
+    }),
 ];
 
 impl Measurable for Gpu {
@@ -116,11 +124,10 @@ mod tests {
             clock_reasons: Read::Value(0x40 | 0x1),
             rows: Read::Value(Rows { pending: true, failed: false }),
             ecc_corrected: Read::Missed,
-            links_down: vec![3, 14],
             ..Reading::default()
         };
         let sight = seen(&reading);
-        assert_eq!((sight.temperature, sight.links_down, sight.repairs_pending), (Some(45), Some(2), Some(1)));
+        assert_eq!((sight.temperature, sight.repairs_pending), (Some(45), Some(1)));
         assert_eq!((sight.slowed_by_heat, sight.slowed_by_power), (Some(true), Some(false)));
         assert_eq!((sight.corrected, sight.repair_failed), (None, Some(false)));
         reading.lost = true;
