@@ -9,6 +9,8 @@ pub mod conditions;
 pub mod definitions;
 pub mod demand_report;
 pub mod expert_placement;
+#[cfg(test)]
+mod fuzz;
 mod geometry_rules;
 pub mod model_deployment;
 pub mod model_profile;

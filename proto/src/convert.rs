@@ -346,6 +346,31 @@ mod tests {
         assert_eq!(state_from_wire(&wire).unwrap_err().field, "reason");
     }
 
+    #[test]
+    fn a_damaged_message_is_read_or_refused() {
+        let shelf = v1::Shelf::from(&shelf());
+        let device =
+            v1::DeviceHealth { device: "gpu-07/0000:3b:00.0".to_owned(), ..state_to_wire(DeviceState::HEALTHY) };
+        let devices = vec![v1::DeviceShelves { device: device.device.clone(), shelves: vec![shelf.clone()] }];
+        let order = v1::DesiredShelves { epoch: 1, sequence: 2, devices };
+        let report = v1::HealthReport { devices: vec![device.clone()], ..Default::default() };
+        let whole = [shelf.encode_to_vec(), device.encode_to_vec(), order.encode_to_vec(), report.encode_to_vec()];
+        let seeds: Vec<&[u8]> = whole.iter().map(Vec::as_slice).collect();
+        berth_mutate::each(&seeds, 8_000, |bytes| {
+            if let Ok(wire) = v1::Shelf::decode(bytes) {
+                let _ = Shelf::try_from(&wire);
+            }
+            if let Ok(wire) = v1::DeviceHealth::decode(bytes) {
+                let _ = (state_from_wire(&wire), DeviceHealth::try_from(&wire));
+            }
+            let shelves = v1::DesiredShelves::decode(bytes).map(|order| order.devices).unwrap_or_default();
+            for wire in shelves.iter().flat_map(|device| &device.shelves) {
+                let _ = Shelf::try_from(wire);
+            }
+            let _ = (v1::HealthReport::decode(bytes), v1::AgentMessage::decode(bytes), v1::AgentOrder::decode(bytes));
+        });
+    }
+
     proptest! {
         #[test]
         fn any_bytes_decode_and_convert_or_fail_cleanly(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {

@@ -391,6 +391,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_damaged_config_gives_a_geometry_that_can_be_computed_with_or_an_error() {
+        let seed = v3_config().to_string();
+        berth_mutate::each(&[seed.as_bytes()], 5_000, |bytes| {
+            let Ok(config) = serde_json::from_slice::<Value>(bytes) else { return };
+            if let Ok(geometry) = Geometry::from_config(&config) {
+                assert_eq!(geometry.validate(), Ok(()));
+                let _ = geometry.expert_bytes(geometry.format);
+            }
+        });
+    }
+
+    #[test]
     fn expert_bytes_agree_with_the_published_figures() {
         let mut v3 = tiny();
         (v3.hidden, v3.expert_width) = (7168, 2048);

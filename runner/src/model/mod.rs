@@ -13,6 +13,8 @@ mod dense;
 mod experts;
 mod family;
 mod fields;
+#[cfg(test)]
+mod fuzz;
 mod latent;
 mod linear;
 pub(crate) mod maths;
