@@ -33,7 +33,8 @@ pub struct Clock(Kind);
 
 #[derive(Clone, Debug)]
 enum Kind {
-    Real(Instant),
+    /// An instant, and what the clock showed then.
+    Real(Instant, Duration),
     Discrete(Arc<Discrete>),
 }
 
@@ -46,7 +47,17 @@ impl Clock {
     /// The machine's monotonic clock and wall clock.
     #[must_use]
     pub fn real() -> Self {
-        Self(Kind::Real(Instant::now()))
+        Self(Kind::Real(Instant::now(), Duration::ZERO))
+    }
+
+    /// This clock set forward to show at least `base` now: for what must outlive the process with its times. It runs
+    /// on from there. Discrete time cannot be set: it stays as it is.
+    #[must_use]
+    pub fn ahead(self, base: Duration) -> Self {
+        match self.0 {
+            Kind::Real(..) => Self(Kind::Real(Instant::now(), base.max(self.now()))),
+            Kind::Discrete(discrete) => Self(Kind::Discrete(discrete)),
+        }
     }
 
     /// A clock at zero that moves only in jumps.
@@ -55,11 +66,11 @@ impl Clock {
         Self(Kind::Discrete(Arc::default()))
     }
 
-    /// Time since this clock was made; never falls.
+    /// Time since this clock was made, or what it was set to and since; never falls.
     #[must_use]
     pub fn now(&self) -> Duration {
         match &self.0 {
-            Kind::Real(start) => start.elapsed(),
+            Kind::Real(start, base) => base.saturating_add(start.elapsed()),
             Kind::Discrete(discrete) => discrete.lock().now,
         }
     }
@@ -74,7 +85,7 @@ impl Clock {
     #[must_use]
     pub fn unix(&self) -> Duration {
         match &self.0 {
-            Kind::Real(_) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
+            Kind::Real(..) => SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(),
             Kind::Discrete(discrete) => Duration::from_millis(DISCRETE_UNIX_MS).saturating_add(discrete.lock().now),
         }
     }
@@ -82,7 +93,7 @@ impl Clock {
     /// Returns when [`Clock::now`] has reached `deadline`; at once if it has already. Cancel-safe.
     pub async fn sleep_until(&self, deadline: Duration) {
         match &self.0 {
-            Kind::Real(start) => match start.checked_add(deadline) {
+            Kind::Real(start, base) => match start.checked_add(deadline.saturating_sub(*base)) {
                 Some(instant) => tokio::time::sleep_until(instant.into()).await,
                 None => std::future::pending().await,
             },
@@ -96,7 +107,7 @@ impl Clock {
     /// discrete time may pass over it, and it returns a little late.
     pub async fn idle_until(&self, deadline: Duration) {
         match &self.0 {
-            Kind::Real(_) => self.sleep_until(deadline).await,
+            Kind::Real(..) => self.sleep_until(deadline).await,
             Kind::Discrete(discrete) => {
                 Sleep { discrete: Arc::clone(discrete), deadline, idle: true, key: None }.await;
             }
@@ -145,7 +156,7 @@ impl Clock {
     /// wakes whoever waits for that moment. Returns the new time.
     pub fn step(&self) -> Option<Duration> {
         match &self.0 {
-            Kind::Real(_) => None,
+            Kind::Real(..) => None,
             Kind::Discrete(discrete) => discrete.step(),
         }
     }
@@ -196,7 +207,7 @@ impl InFlight {
     /// it stands still again before this returns. Never call it on an async thread.
     pub fn block_until(&self, deadline: Duration) {
         match &self.0.0 {
-            Kind::Real(start) => std::thread::sleep(deadline.saturating_sub(start.elapsed())),
+            Kind::Real(..) => std::thread::sleep(deadline.saturating_sub(self.0.now())),
             Kind::Discrete(discrete) => discrete.block_until(deadline),
         }
     }

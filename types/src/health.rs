@@ -171,7 +171,7 @@ impl Scope {
 }
 
 /// The five words of a device's state. A transition is a change of any of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DeviceState {
     /// Worst health over all conditions.
     pub health: Health,
