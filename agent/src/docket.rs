@@ -267,6 +267,7 @@ mod tests {
             devices: devices.iter().map(shown).collect::<BTreeMap<_, _>>(),
             node,
             notes: VecDeque::new(),
+            incidents: Default::default(),
         }
     }
 

@@ -20,7 +20,9 @@ pub mod node_status;
 pub mod orders;
 pub mod probe;
 pub mod published;
+pub mod releases;
 pub mod report;
+pub mod state_file;
 pub mod tend;
 pub mod vendor;
 pub mod vitals;
@@ -40,15 +42,16 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use executor::{Executor, Told, Tools};
-use health::{device::Settings, fact::Local, kmsg::KernelLog, ledger::Report, log, tail::Tail};
+use health::{device::Settings, fact::Local, incidents::Incidents, kmsg::KernelLog, ledger::Report, log, tail::Tail};
 use host::Host;
 use metrics::Metrics;
-use node::{Keeper, Snapshot};
+use node::{Keeper, Keeping, Snapshot};
 use node_status::{NodeStatus, OrderBook};
 use orders::{Desired, Wanted};
-use probe::Prober;
+use probe::{Idle, Prober};
 use published::Publisher;
 use report::{Leader, Reporter};
+use state_file::{Here, Resumed};
 use vendor::{Bells, Facts, dcmi, grip::Grip, nvml};
 use vitals::{Board, Holder};
 use workers::{View, WorkerConfig, Workers};
@@ -91,6 +94,10 @@ pub struct Config {
     pub health: Settings,
     /// Under which names devices are told besides our own.
     pub compatible: Compatible,
+    /// About so long between two validations of a device that is idle; `None` = idle devices are not validated.
+    pub idle_probe: Option<Duration>,
+    /// Folder of the node where what must outlive the agent is kept; `None` = a restart forgets.
+    pub state: Option<PathBuf>,
 }
 
 /// Pages for boards that were made for vendors' exporters; see docs/compatible-metrics.md.
@@ -134,19 +141,24 @@ pub enum AgentError {
 }
 
 /// What watches a node's devices.
+#[derive(Default)]
 pub struct Eyes {
     /// NVIDIA's library; `None` = nothing of NVIDIA is here.
     pub nvml: Option<nvml::watch::WatchConfig>,
     /// Ascend's library; `None` = nothing of Ascend is here.
     pub dcmi: Option<dcmi::watch::WatchConfig>,
-    /// The kernel log; `None` = it cannot be read.
-    pub log: Option<Box<dyn KernelLog>>,
+    /// Opens the kernel log; `None` = there is none.
+    pub log: Option<log::Open>,
     /// Told every report as it is said.
     pub observer: Option<mpsc::UnboundedSender<Report>>,
     /// Told every device that is due for validation; `None` = validations come as facts alone.
     pub probes: Option<mpsc::Sender<Local>>,
     /// How health is judged.
     pub settings: Settings,
+    /// What an agent before this one knew.
+    pub resumed: Resumed,
+    /// Where what this one knows is kept.
+    pub keeping: Option<Keeping>,
 }
 
 /// A node under watch.
@@ -175,7 +187,7 @@ pub fn observe(
     let mut detectors = BTreeSet::new();
     if let Some(log) = eyes.log {
         detectors.insert(log::NAME);
-        log::follow(log, facts.clone(), metrics.clone(), clock)?;
+        log::follow(log, eyes.resumed.log_sequence, facts.clone(), metrics.clone(), clock)?;
     }
     if let Some(config) = eyes.nvml {
         detectors.insert(nvml::watch::NAME);
@@ -197,6 +209,8 @@ pub fn observe(
         observer: eyes.observer,
         probes: eyes.probes,
         settings: eyes.settings,
+        resumed: eyes.resumed,
+        keeping: eyes.keeping,
     };
     spawn("ledger", Box::pin(keeper.run(shown, stop.clone())));
     Ok(Observation { snapshots, facts })
@@ -221,9 +235,21 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         worker,
         health,
         compatible,
+        idle_probe,
+        state,
     } = config;
     let host = Host::read().map_err(AgentError::Host)?;
     let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
+    let here = Here {
+        node: node.to_string(),
+        boot_id: host.boot_id.clone(),
+        uptime: Duration::from_millis(uptime_ms),
+        unix: clock.unix(),
+    };
+    let resumed = state.as_deref().map(|folder| state_file::open(folder, &here, health)).unwrap_or_default();
+    // Times of an agent before this one lie in this one's past.
+    let clock = clock.ahead(resumed.base);
+    let began = clock.now();
     let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
     let part = Part::start(part, clock.clone(), stop).await?;
     let metrics = Metrics::register(&part.metrics);
@@ -239,14 +265,21 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
     let grip = Grip::default();
     let libraries = Libraries { nvml: nvml_library, dcmi: dcmi_library, lingqu: lingqu_library, grip: grip.clone() };
     let (nvml, dcmi) = libraries.vendors(&pci_devices, &expected);
-    let (log, _log_stop) = open_log(&kernel_log);
+    let (log, _log_stop) = open_log(kernel_log).map_err(AgentError::Host)?;
     // Workers end first; what tells of it stays until they have.
     let organs = Organs { tasks: part.tasks.clone(), admin: part.admin.clone(), last: CancellationToken::new() };
     let (probes, due) = mpsc::channel(PROBE_ROOM);
-    let eyes = Eyes { nvml, dcmi, log, observer: None, probes: Some(probes), settings: health };
     let keep = |name, task| organs.keep(name, task);
+    let keeping = state.map(|folder| {
+        let (to, texts) = watch::channel(Arc::default());
+        keep("state", Box::pin(state_file::keep(folder, texts, metrics.clone())));
+        Keeping { to, here, began }
+    });
+    let probes = Some(probes);
+    let eyes = Eyes { nvml, dcmi, log: Some(log), observer: None, probes, settings: health, resumed, keeping };
     let observation = observe(eyes, &clock, &metrics, &organs.last, keep).map_err(AgentError::Host)?;
     let ready = part.admin.check("devices");
+    serve_faults(&part.admin, &node, observation.snapshots.clone());
     let mut seen = observation.snapshots.clone();
     part.tasks.spawn("ready", async move {
         if seen.wait_for(Option::is_some).await.is_ok() {
@@ -262,14 +295,14 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         snapshots: observation.snapshots.clone(),
         due,
         facts: observation.facts.clone(),
+        idle: None,
     };
-    organs.keep("prober", Box::pin(prober.run(organs.last.clone())));
     let backend = worker.backend;
     let publisher =
         Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id.clone(), uptime_ms, backend };
     let means = Means { tools, grip, boot_id: host.boot_id };
     let speech = Speech { clock, node, client, scheduler_lease, metrics, means };
-    organs.join(speech, publisher, worker, observation);
+    organs.join(speech, publisher, worker, observation, Probing { prober, idle: idle_probe });
     Ok(part.finish().await?)
 }
 
@@ -306,6 +339,12 @@ struct Organs {
     last: CancellationToken,
 }
 
+/// What validates, and how often it looks at idle devices.
+struct Probing {
+    prober: Prober,
+    idle: Option<Duration>,
+}
+
 /// What is needed to talk to the cluster.
 struct Speech {
     clock: Clock,
@@ -333,7 +372,14 @@ impl Organs {
     }
 
     /// Joins what watches, what speaks and what works by watch channels.
-    fn join(&self, speech: Speech, publisher: Publisher, worker: WorkerConfig, observation: Observation) {
+    fn join(
+        &self,
+        speech: Speech,
+        publisher: Publisher,
+        worker: WorkerConfig,
+        observation: Observation,
+        Probing { mut prober, idle }: Probing,
+    ) {
         let Speech { clock, node, client, scheduler_lease: (namespace, name), metrics, means } = speech;
         let Observation { snapshots, facts } = observation;
         let (wanted, see_wanted) = watch::channel(Wanted::default());
@@ -341,6 +387,8 @@ impl Organs {
         let (desired, see_desired) = watch::channel(Arc::<Desired>::default());
         let (publish, published) = watch::channel(None);
         let last = &self.last;
+        prober.idle = idle.map(|every| Idle::new(every, see_view.clone(), see_desired.clone(), see_wanted.clone()));
+        self.keep("prober", Box::pin(prober.run(last.clone())));
         let publishing = publisher.run(snapshots.clone(), see_wanted.clone(), publish, last.clone());
         self.keep("published", Box::pin(publishing));
         let (emptied, see_emptied) = watch::channel(BTreeSet::new());
@@ -354,6 +402,7 @@ impl Organs {
             workers: see_view.clone(),
             wanted,
             orders,
+            facts: facts.clone(),
             metrics: metrics.clone(),
         };
         self.keep("node status", Box::pin(status.run(last.clone())));
@@ -425,13 +474,33 @@ impl Organs {
     }
 }
 
-/// The kernel log; an agent that may not read it goes on by polling, and says so.
-fn open_log(path: &std::path::Path) -> (Option<Box<dyn KernelLog>>, Option<io::PipeWriter>) {
-    match Tail::open(path) {
-        Ok((tail, stop)) => (Some(Box::new(tail)), Some(stop)),
-        Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "kernel log: faults are found by polling only");
-            (None, None)
-        }
-    }
+/// Answers on the admin port who asks for the last incidents.
+fn serve_faults(admin: &Admin, node: &NodeName, snapshots: watch::Receiver<Option<Arc<Snapshot>>>) {
+    let node = node.to_string();
+    admin.page("/faults", "application/json", move || {
+        let incidents = snapshots.borrow().as_ref().map(|snapshot| Arc::clone(&snapshot.incidents)).unwrap_or_default();
+        serde_json::to_string(&Faults { node: node.clone(), incidents: (*incidents).clone() }).unwrap_or_default()
+    });
+}
+
+/// The last incidents of a node, as an agent tells them.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Faults {
+    /// The node.
+    pub node: String,
+    /// Oldest first.
+    pub incidents: Incidents,
+}
+
+/// Opens the kernel log, again and again if need be; dropping the second value ends the reading. An agent that may not
+/// read it goes on by events and polling, and says so.
+fn open_log(path: PathBuf) -> io::Result<(log::Open, io::PipeWriter)> {
+    let (end, stop) = io::pipe()?;
+    let open = move || {
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+        let tail = Tail::open(&path, end.try_clone()?).map_err(named)?;
+        let log: Box<dyn KernelLog> = Box::new(tail);
+        Ok(log)
+    };
+    Ok((Box::new(open), stop))
 }

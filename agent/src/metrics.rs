@@ -46,6 +46,7 @@ pub const METRICS: &[Described] = &[
     REFUSED,
     DEATHS,
     STATUS_WRITES,
+    STATE_WRITES,
     WORKER_CALLS,
     WORKER_REFUSED,
     WORKER_BYTES,
@@ -71,6 +72,8 @@ const CONNECTED: Described = Described::gauge("scheduler_connected", &[], "1 whi
 const REFUSED: Described = Described::counter("orders_refused", &["why"], "Orders of the scheduler that were refused");
 const DEATHS: Described = Described::counter("worker_deaths", &[], "Workers that died unasked");
 const STATUS_WRITES: Described = Described::counter("status_writes", &["outcome"], "Writes of the AcceleratorNode");
+const STATE_WRITES: Described =
+    Described::counter("state_writes", &["outcome"], "Writes of the agent's own state file");
 const WORKER_CALLS: Described =
     Described::counter("worker_calls", &["device"], "Expert calls that the device's worker answered, its life long");
 const WORKER_REFUSED: Described =
@@ -107,6 +110,8 @@ pub struct Metrics {
     pub worker_deaths: Counter,
     /// Writes to the API server, by outcome.
     pub status_writes: Family<Labels, Counter>,
+    /// Writes of the state file, by outcome.
+    pub state_writes: Family<Labels, Counter>,
     workers: Workers,
     /// Vital signs of the devices.
     pub board: Board,
@@ -139,6 +144,7 @@ impl Metrics {
             REFUSED.add(to, ours.refused_orders.clone());
             DEATHS.add(to, ours.worker_deaths.clone());
             STATUS_WRITES.add(to, ours.status_writes.clone());
+            STATE_WRITES.add(to, ours.state_writes.clone());
             to.register_collector(Box::new(ours.workers.clone()));
         });
         accelerator::register(metrics, &ours.board);

@@ -20,9 +20,11 @@ use crate::{
     health::{
         device::Settings,
         fact::{DeviceInfo, Local, Subject, What},
+        incidents::Incidents,
         ledger::{Ledger, Outcome, Report, Standing},
     },
     metrics::Metrics,
+    state_file::{self, Here, Kept, Resumed},
     vendor::{Bells, Seen},
 };
 
@@ -30,6 +32,8 @@ use crate::{
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 /// Notes kept for those who connect late.
 const NOTES: usize = 32;
+/// Between two writes of what is to outlive this process.
+const KEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// One device as it is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +57,19 @@ pub struct Snapshot {
     pub node: Standing,
     /// The last notes, with the sequence each came with.
     pub notes: VecDeque<(u64, Report)>,
+    /// The last incidents.
+    pub incidents: Arc<Incidents>,
+}
+
+/// Where what is to outlive this process goes.
+#[derive(Debug)]
+pub struct Keeping {
+    /// The text of the state file, as it is to be.
+    pub to: watch::Sender<Arc<Vec<u8>>>,
+    /// Where and when the agent began.
+    pub here: Here,
+    /// What the clock showed then.
+    pub began: Duration,
 }
 
 /// The keeper.
@@ -74,29 +91,36 @@ pub struct Keeper {
     pub probes: Option<mpsc::Sender<Local>>,
     /// What the cluster's owner chose.
     pub settings: Settings,
+    /// What an agent before this one knew.
+    pub resumed: Resumed,
+    /// Where what this one knows is kept; `None` = nowhere.
+    pub keeping: Option<Keeping>,
 }
 
 impl Keeper {
     /// Keeps the ledger until `stop` is cancelled. Shows nothing until every detector has settled.
     pub async fn run(mut self, shown: watch::Sender<Option<Arc<Snapshot>>>, stop: CancellationToken) {
-        let mut ledger = Ledger::new(self.settings);
+        let mut ledger = self.resumed.ledger.take().unwrap_or_else(|| Ledger::new(self.settings));
         let mut probed = BTreeSet::new();
-        let mut board = Board { shown, sequence: 0, notes: VecDeque::new(), traces: BTreeMap::new() };
+        let mut diary = Diary { log_sequence: self.resumed.log_sequence, ..Diary::default() };
+        let incidents = Arc::new(std::mem::take(&mut self.resumed.incidents));
+        let mut board = Board { shown, sequence: 0, notes: VecDeque::new(), traces: BTreeMap::new(), incidents };
         let settle_by = self.clock.now().saturating_add(SETTLE_LIMIT);
         let mut started = false;
         loop {
-            let wake = if started { ledger.deadline() } else { Some(settle_by) };
+            let wake = if started { ledger.deadline().into_iter().chain(diary.due()).min() } else { Some(settle_by) };
             let wake = wake.unwrap_or(Duration::MAX);
             // Cancel-safe: `recv` loses nothing, the others only wait.
             let (outcome, seen_at, guard) = tokio::select! {
                 biased;
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => break,
                 seen = self.facts.recv() => match seen {
                     Some((seen, guard)) => {
                         let seen_at = self.clock.unix();
+                        diary.note(&seen);
                         (self.take(&mut ledger, seen), seen_at, guard)
                     }
-                    None => return,
+                    None => break,
                 },
                 () = self.clock.sleep_until(wake) => {
                     if !started {
@@ -110,6 +134,8 @@ impl Keeper {
                 started = true;
                 let reports = ledger.start(self.clock.now());
                 self.tell(&reports, &board);
+                board.record(&ledger, &reports, self.clock.unix_ms());
+                diary.changed = true;
                 board.show(&ledger, &[], &self.metrics);
             }
             self.follow(&outcome);
@@ -117,9 +143,30 @@ impl Keeper {
             if started && !outcome.reports.is_empty() {
                 board.trace(&outcome.reports, (seen_at, self.clock.unix()));
                 self.tell(&outcome.reports, &board);
+                board.record(&ledger, &outcome.reports, self.clock.unix_ms());
                 board.show(&ledger, &outcome.reports, &self.metrics);
+                diary.changed = true;
+            }
+            if started && diary.due().is_some_and(|at| at <= self.clock.now()) {
+                self.keep(&ledger, &board, &mut diary);
             }
             drop(guard);
+        }
+        if started {
+            self.keep(&ledger, &board, &mut diary);
+        }
+    }
+
+    /// Hands on what is to outlive this process.
+    fn keep(&self, ledger: &Ledger, board: &Board, diary: &mut Diary) {
+        let now = self.clock.now();
+        (diary.changed, diary.kept) = (false, Some(now));
+        let Some(Keeping { to, here, began }) = &self.keeping else { return };
+        let here = Here { uptime: here.uptime.saturating_add(now.saturating_sub(*began)), ..here.clone() };
+        let kept = Kept { ledger, incidents: &board.incidents, log_sequence: diary.log_sequence };
+        match state_file::write_text(&kept, now, &here) {
+            Ok(text) => drop(to.send_replace(Arc::new(text))),
+            Err(error) => tracing::error!(%error, "the agent's state cannot be written down"),
         }
     }
 
@@ -138,6 +185,7 @@ impl Keeper {
                 self.bells.ring_all();
                 Outcome::default()
             }
+            Seen::Logged(_) => Outcome::default(),
         }
     }
 
@@ -198,15 +246,47 @@ fn kind(what: &What) -> &'static str {
         What::Recovery(_) => "recovery",
         What::BusLoss(_) => "bus_loss",
         What::Switch { .. } => "switch",
+        What::Killed(_) | What::DriverLoaded(_) => "kernel",
         What::Event(_) => "event",
         What::Reading(_) | What::Npu(_) => "reading",
         What::Alarm(_) => "alarm",
         What::Fabric { .. } | What::Fabrics { .. } => "fabric",
         What::Driver(_) => "driver",
-        What::NoLibrary { .. } | What::Library => "library",
+        What::NoLibrary { .. } | What::Library(_) | What::Inventory { .. } => "library",
+        What::LogBlind(_) => "log",
         What::Count { .. } => "count",
-        What::Reset(_) | What::Validated(_) => "reset",
+        What::Reset(_) | What::Validated(_) | What::Unsound(_) | What::Released(_) => "reset",
         What::WorkerDied(_) | What::WorkerStuck(_) => "worker",
+    }
+}
+
+/// What has changed since it was last kept.
+#[derive(Debug, Default)]
+struct Diary {
+    changed: bool,
+    kept: Option<Duration>,
+    log_sequence: Option<u64>,
+}
+
+impl Diary {
+    fn note(&mut self, seen: &Seen) {
+        match seen {
+            Seen::Logged(sequence) => self.log_sequence = self.log_sequence.max(Some(*sequence)),
+            // What is read again and again is read again after a restart.
+            Seen::Fact(fact) => {
+                let repeats = matches!(
+                    fact.what,
+                    What::Reading(_) | What::Npu(_) | What::Fabrics { .. } | What::Driver(_) | What::Count { .. }
+                );
+                self.changed |= !repeats;
+            }
+            Seen::Settled(_) | Seen::LogLost => {}
+        }
+    }
+
+    /// When it is to be kept.
+    fn due(&self) -> Option<Duration> {
+        self.changed.then(|| self.kept.map_or(Duration::ZERO, |kept| kept.saturating_add(KEEP_EVERY)))
     }
 }
 
@@ -216,9 +296,23 @@ struct Board {
     notes: VecDeque<(u64, Report)>,
     /// Trace of the fault that each device has, or that it has just recovered from.
     traces: BTreeMap<Local, TraceContext>,
+    incidents: Arc<Incidents>,
 }
 
 impl Board {
+    /// Writes reports into the list of incidents.
+    fn record(&mut self, ledger: &Ledger, reports: &[Report], unix_ms: u64) {
+        let unix_ms = i64::try_from(unix_ms).unwrap_or(i64::MAX);
+        let incidents = Arc::make_mut(&mut self.incidents);
+        for report in reports {
+            let info = match &report.of {
+                Subject::Node => None,
+                Subject::Device(local) => ledger.info(local),
+            };
+            incidents.take(report, info, unix_ms);
+        }
+    }
+
     /// Each device's way from its first fault until it is well again is one trace.
     fn trace(&mut self, reports: &[Report], at: (Duration, Duration)) {
         for report in reports.iter().filter(|report| !report.note) {
@@ -257,7 +351,13 @@ impl Board {
         let devices = devices.collect();
         let node = ledger.standing(&Subject::Node);
         metrics.show(&devices, &node);
-        let snapshot = Snapshot { sequence: self.sequence, devices, node, notes: self.notes.clone() };
+        let snapshot = Snapshot {
+            sequence: self.sequence,
+            devices,
+            node,
+            notes: self.notes.clone(),
+            incidents: Arc::clone(&self.incidents),
+        };
         self.shown.send_replace(Some(Arc::new(snapshot)));
     }
 }

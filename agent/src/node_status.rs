@@ -27,7 +27,16 @@ use rand::Rng;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{docket::Remembered, metrics::Metrics, orders::Wanted, published::Published, workers::View};
+use crate::{
+    docket::Remembered,
+    health::fact::{Fact, What},
+    metrics::Metrics,
+    orders::Wanted,
+    published::Published,
+    releases::{self, Release},
+    vendor::{Facts, Seen},
+    workers::View,
+};
 
 /// Field manager of everything written here.
 const MANAGER: &str = "berth-agent";
@@ -67,6 +76,8 @@ pub struct NodeStatus {
     pub wanted: watch::Sender<Wanted>,
     /// Orders, as they are said and as they were.
     pub orders: OrderBook,
+    /// Where what people say of devices goes.
+    pub facts: Facts,
     /// Counts.
     pub metrics: Metrics,
 }
@@ -137,6 +148,7 @@ impl NodeStatus {
     async fn watch(&self, api: &Api<AcceleratorNode>, seen: &watch::Sender<Option<AcceleratorNode>>) {
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.node));
         let mut events = watcher::watcher(api.clone(), config).default_backoff().boxed();
+        let mut released = String::new();
         loop {
             match events.try_next().await {
                 Ok(Some(Event::Apply(object) | Event::InitApply(object))) => {
@@ -149,6 +161,7 @@ impl NodeStatus {
                         changed
                     });
                     self.orders.remember(object.status.as_ref());
+                    released = self.release(&object, released).await;
                     seen.send_replace(Some(object));
                 }
                 Ok(Some(Event::Delete(_))) => {
@@ -162,6 +175,21 @@ impl NodeStatus {
                 Err(error) => tracing::warn!(%error, "watching the AcceleratorNode"),
             }
         }
+    }
+
+    /// Tells the ledger which devices a person vouches for; `known` is what was told before.
+    async fn release(&self, object: &AcceleratorNode, known: String) -> String {
+        let text = object.annotations().get(releases::ANNOTATION).cloned().unwrap_or_default();
+        if text != known {
+            for Release { local, unix_ms } in releases::parse(&text) {
+                // On the ledger's timeline; nobody can vouch for what is still to come.
+                let ago = self.clock.unix_ms().saturating_sub(unix_ms);
+                let since = self.clock.now().saturating_sub(Duration::from_millis(ago));
+                tracing::info!(local, "released by a person");
+                self.facts.send(Seen::Fact(Fact::device(local, What::Released(since))), None).await;
+            }
+        }
+        text
     }
 
     async fn write(&self, api: &Api<AcceleratorNode>, mut known: watch::Receiver<Option<AcceleratorNode>>) {

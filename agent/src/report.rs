@@ -171,6 +171,8 @@ impl Reporter {
     fn opening(&mut self) -> Vec<v1::AgentMessage> {
         let published = self.published.borrow_and_update().clone();
         let workers = self.workers.borrow_and_update().to_wire();
+        // What is told now was not a fact a moment ago.
+        self.told = self.clock.now();
         let hello = published.as_ref().map(|published| Message::Hello(self.hello(published)));
         let health = published.map(|published| Message::Health(published.to_wire()));
         let messages = hello.into_iter().chain(health).chain([Message::Workers(workers)]);

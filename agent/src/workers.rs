@@ -83,6 +83,12 @@ impl View {
         shelves.map(|shelf| (shelf.placement_uid.clone(), Revision(shelf.revision))).collect()
     }
 
+    /// Whether the worker of a device holds or loads anything.
+    #[must_use]
+    pub fn holds(&self, local: &str) -> bool {
+        self.0.iter().any(|(device, view)| device.local() == local && !view.shelves.is_empty())
+    }
+
     /// What the worker of a device does, in the object's word; empty = there is none.
     #[must_use]
     pub fn word(&self, local: &str) -> String {

@@ -95,6 +95,12 @@ pub(crate) struct AgentArgs {
     /// Namespace of the pod
     #[arg(long, env = "BERTH_POD_NAMESPACE")]
     pod_namespace: Option<String>,
+    /// About how long between two validations of a device that holds nothing, in seconds; 0 = idle devices are not validated
+    #[arg(long, env = "BERTH_IDLE_PROBE_SECONDS", default_value_t = 3600)]
+    idle_probe_seconds: u64,
+    /// Folder of the node where counters, open faults and the last incidents are kept; empty = a restart forgets
+    #[arg(long, env = "BERTH_STATE_DIR")]
+    state_dir: Option<PathBuf>,
     /// What to log: error, warn, info, debug or a filter per module
     #[arg(long, env = "BERTH_LOG", default_value = "info")]
     log: String,
@@ -124,6 +130,8 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         compatible_metrics,
         pod_name,
         pod_namespace,
+        idle_probe_seconds,
+        state_dir,
         log,
         trace,
     } = args;
@@ -153,6 +161,8 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         worker,
         compatible: compatible(&compatible_metrics, pod_namespace, pod_name),
         health: Settings { probation: Duration::from_secs(probation_seconds) },
+        idle_probe: (idle_probe_seconds > 0).then(|| Duration::from_secs(idle_probe_seconds)),
+        state: state_dir.filter(|folder| !folder.as_os_str().is_empty()),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

@@ -9,10 +9,10 @@ use berth_runtime::Clock;
 use berth_scheduler::store::{Etcd, StoreConfig};
 use berth_types::{PlacementName, Revision};
 use clap::Args;
-use k8s_openapi::{ClusterResourceScope, NamespaceResourceScope};
+use k8s_openapi::{ClusterResourceScope, NamespaceResourceScope, api::core::v1::Pod};
 use kube::{
     Api, Client, Config, Resource, ResourceExt,
-    api::ListParams,
+    api::{GetParams, ListParams, Patch, PatchParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 use serde::de::DeserializeOwned;
@@ -42,6 +42,13 @@ pub(crate) struct ClusterArgs {
     /// Tables for people, or one document for programs.
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) output: Output,
+}
+
+impl ClusterArgs {
+    /// Of all namespaces, for a command that writes in its own way.
+    pub(crate) fn of(kubeconfig: Option<PathBuf>, context: Option<String>) -> Self {
+        Self { kubeconfig, context, namespace: None, all_namespaces: true, output: Output::default() }
+    }
 }
 
 /// A connection.
@@ -81,6 +88,47 @@ impl Cluster {
     /// The time, seconds since 1970.
     pub(crate) fn now(&self) -> i64 {
         i64::try_from(self.clock.unix_ms() / 1000).unwrap_or(i64::MAX)
+    }
+
+    /// The time, milliseconds since 1970.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.clock.unix_ms()
+    }
+
+    /// One object of a kind that belongs to the whole cluster.
+    pub(crate) async fn get<K>(&self, name: &str) -> anyhow::Result<K>
+    where
+        K: Resource<Scope = ClusterResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
+    {
+        let found = self.call::<K, _>("get", Api::all(self.client.clone()).get_opt(name)).await?;
+        found.ok_or_else(|| anyhow!("there is no {} {name:?}", K::plural(&())))
+    }
+
+    /// Sets one annotation of an object that is still as `version` says.
+    pub(crate) async fn annotate<K>(&self, name: &str, version: &str, key: &str, value: &str) -> anyhow::Result<()>
+    where
+        K: Resource<Scope = ClusterResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
+    {
+        let patch = serde_json::json!({"metadata": {"resourceVersion": version, "annotations": {key: value}}});
+        let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+        let api: Api<K> = Api::all(self.client.clone());
+        self.call::<K, _>("patch", api.patch(name, &params, &patch)).await.map(drop)
+    }
+
+    /// What the agent of `node` answers on `page` of its admin port, asked through the API server.
+    pub(crate) async fn ask_agent(&self, node: &str, page: &str) -> anyhow::Result<String> {
+        let params = ListParams::default().labels("berth.dev/component=agent").fields(&format!("spec.nodeName={node}"));
+        let pods = self.call::<Pod, _>("list", Api::<Pod>::all(self.client.clone()).list(&params)).await?;
+        let pod = pods.items.first().ok_or_else(|| {
+            anyhow!("no agent runs on {node:?}: see kubectl get pods -A -l berth.dev/component=agent -o wide")
+        })?;
+        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let ports = pod.spec.iter().flat_map(|spec| &spec.containers).flat_map(|of| of.ports.iter().flatten());
+        let port = ports.into_iter().find(|port| port.name.as_deref() == Some("admin"));
+        let port = port.map(|port| port.container_port).context("the agent's pod names no port `admin`")?;
+        let pods = kube::core::Request::new(format!("/api/v1/namespaces/{namespace}/pods"));
+        let request = pods.get(&format!("{name}:{port}/proxy/{page}"), &GetParams::default())?;
+        self.call::<Pod, _>("proxy to", self.client.request_text(request)).await
     }
 
     /// The objects of a kind in the chosen namespaces.

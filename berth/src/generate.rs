@@ -3,7 +3,7 @@
 
 mod logits;
 mod profile;
-mod reference;
+pub(crate) mod reference;
 
 use std::{collections::BTreeSet, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 

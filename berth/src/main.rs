@@ -10,7 +10,10 @@ mod bench;
 mod cluster;
 mod devices;
 mod explain;
+mod faults;
 mod fleet;
+#[cfg(test)]
+mod fuzz;
 mod generate;
 #[cfg(test)]
 mod golden;
@@ -21,6 +24,7 @@ mod output;
 mod placement;
 mod probe;
 mod profile;
+mod release;
 mod runner;
 mod scheduler;
 mod status;
@@ -74,6 +78,10 @@ enum Command {
     Top(top::TopArgs),
     /// Why a deployment's experts are where they are, how good that is, and what waits.
     Explain(explain::ExplainArgs),
+    /// The last incidents of a node, as evidence for hardware service.
+    Faults(faults::FaultsArgs),
+    /// Vouch for a repaired device, so that it is validated and used again.
+    Release(release::ReleaseArgs),
     /// Which device holds what of a placement, and what a revision changed.
     Placement(placement::PlacementArgs),
 }
@@ -106,6 +114,8 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Top(args) => top::run(args),
         Command::Explain(args) => explain::run(args),
+        Command::Faults(args) => faults::run(args),
+        Command::Release(args) => release::run(args),
         Command::Placement(args) => placement::run(args),
     };
     verdict::exit(outcome)

@@ -3,7 +3,7 @@
 
 use std::{io::Write, num::NonZeroUsize, path::PathBuf};
 
-use berth_agent::worker::{ProbeConfig, probe};
+use berth_agent::worker::{ProbeConfig, ProbeError, probe};
 use berth_kernels::BackendKind;
 use berth_types::{Bytes, DeviceId};
 
@@ -45,6 +45,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<Verdict> {
             writeln!(std::io::stdout(), "{line}")?;
             Ok(Verdict::Pass)
         }
+        // It could not look: that says nothing about the device.
+        Err(error @ ProbeError::Backend { .. }) => Err(error.into()),
         Err(error) => {
             // A closed pipe changes nothing about the device.
             let _ = writeln!(std::io::stderr(), "berth: {error}");

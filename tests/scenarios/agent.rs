@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use berth_crds::AcceleratorNode;
+use berth_crds::{AcceleratorNode, AcceleratorNodeStatus, accelerator_node::DeviceStatus};
 use berth_proto::v1::{
     AgentMessage, AgentOrder, DesiredShelves, DeviceHealth, DeviceShelves, HealthReport, Hello, RunnerMessage,
     RunnerOrder, SchedulerHello, Shelf, ShelfPhase, Weights, WorkerPhase, WorkerState, WorkersReport,
@@ -229,6 +229,7 @@ fn start_agent(plane: &ControlPlane, kind: &Kind, folder: &Path) -> Child {
         .env("BERTH_DOUBLE_SCRIPT", folder.join("script"))
         .env("BERTH_WORKER_MEMORY", "64MB")
         .env("BERTH_WORKER_THREADS", "1")
+        .env("BERTH_STATE_DIR", folder)
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()
@@ -296,6 +297,7 @@ async fn an_agent_hosts_loses_a_device_and_a_worker_and_ends_in_order() {
 
     loses_a_device(&world).await;
     loses_a_worker(&world).await;
+    forgets_nothing(&mut world).await;
 
     let workers = children(world.agent.id());
     assert!(!workers.is_empty());
@@ -337,6 +339,39 @@ async fn loses_a_device(world: &World) {
     assert_eq!(status.summary.reason, "DeviceLost");
     assert_eq!(object.owner_references().first().map(|owner| owner.kind.as_str()), Some("Node"));
     assert!(status.conditions.iter().all(|condition| condition.type_ == "Ready"), "Reachable is the scheduler's");
+}
+
+/// The agent is killed and started again: the device that was lost stays so, since then, and the incident is kept.
+async fn forgets_nothing(world: &mut World) {
+    let node = world.node();
+    let before = node.get(world.kind.node).await.unwrap().status.unwrap();
+    let lost = |status: &AcceleratorNodeStatus| {
+        status.devices.iter().find(|device| device.device.local() == LOST).cloned().unwrap()
+    };
+    let file = world.folder.path().join("agent-state.json");
+    eventually("the state file", || async { fs::read_to_string(&file).ok().filter(|text| text.contains("Xid 79")) })
+        .await;
+    world.agent.kill().unwrap();
+    world.agent.wait().unwrap();
+    world.agent = start_agent(&world.plane, &world.kind, world.folder.path());
+    let after = eventually("the next agent's word", || async {
+        let status = node.get(world.kind.node).await.unwrap().status.unwrap();
+        (status.sequence > before.sequence + 1000).then_some(status)
+    })
+    .await;
+    let (before, after) = (lost(&before), lost(&after));
+    assert_eq!((after.admission, after.reason, &after.evidence), (before.admission, before.reason, &before.evidence));
+    let since = |status: &DeviceStatus| status.since.as_ref().unwrap().0.as_millisecond();
+    assert!((since(&after) - since(&before)).abs() < 2_000, "{:?} is not {:?}", after.since, before.since);
+    let output = Command::new(built("berth"))
+        .args(["faults", "-o", "csv", "--state-dir"])
+        .arg(world.folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = text.lines().nth(1).unwrap_or_default();
+    assert!(output.status.success() && line.contains("Xid 79") && line.contains("NVIDIA H100"), "{text}");
+    world.serving(OTHER).await;
 }
 
 async fn loses_a_worker(world: &World) {

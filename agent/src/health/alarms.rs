@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::OnceLock, time::Duration};
 
 use berth_types::{Action, Admission, Health, Reason, Scope};
+use serde::{Deserialize, Serialize};
 
 use super::condition::{Clears, Words};
 
@@ -17,7 +18,7 @@ pub const STARTED: u32 = 0x8C2F_A009;
 pub const LINK_DOWN: u32 = 0x8107_8603;
 
 /// How serious a code is, the worst last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Level {
     /// Counted.
     NotHandle,

@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::OnceLock};
 
 use berth_types::{Action, Admission, Health, Reason, Scope};
+use serde::{Deserialize, Serialize};
 
 use super::condition::{Clears, Words};
 
@@ -42,7 +43,7 @@ pub enum Treat {
 }
 
 /// What a condition of one code is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
     /// The reason.
     pub reason: Reason,

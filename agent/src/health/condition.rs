@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
+use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope, Vendor};
+use serde::{Deserialize, Serialize};
 
 /// Joins an incident for so long after its last fact.
 pub const WINDOW: Duration = Duration::from_secs(60);
@@ -12,7 +13,7 @@ pub const PROBATION: Duration = Duration::from_secs(600);
 pub const DAY: Duration = Duration::from_secs(86_400);
 
 /// Four of the five words; the fifth is the reason they are kept under.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Words {
     /// How well.
     pub health: Health,
@@ -44,7 +45,7 @@ impl Words {
 }
 
 /// What ends a condition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Clears {
     /// A good reading, at once.
     Reading,
@@ -59,7 +60,7 @@ pub enum Clears {
 }
 
 /// Who can say that a condition is over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Origin {
     /// The vendor's library or driver.
     Vendor,
@@ -71,10 +72,14 @@ pub enum Origin {
     Code(u32),
     /// Another device of the reset group.
     Sibling,
+    /// The library of a vendor as a whole.
+    Library(Vendor),
+    /// The kernel log.
+    Log,
 }
 
 /// Where a condition stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// It holds.
     Active,
@@ -85,7 +90,7 @@ pub enum Phase {
 }
 
 /// One condition.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Condition {
     /// What it says while it is active or held.
     pub words: Words,

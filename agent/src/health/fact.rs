@@ -3,10 +3,11 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use berth_types::Vendor;
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// The place of a PCI device on its node, function left out. Compared as numbers, for drivers pad the
 /// domain to four or eight digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PciAddress {
     /// Domain (segment).
     pub domain: u32,
@@ -51,7 +52,7 @@ impl FromStr for PciAddress {
 pub type Local = String;
 
 /// What a fact is about.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Subject {
     /// The node as a whole.
     Node,
@@ -60,7 +61,7 @@ pub enum Subject {
 }
 
 /// What is known of a device that does not change while it stays in its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceInfo {
     /// Local part of its id.
     pub local: Local,
@@ -85,7 +86,7 @@ pub struct DeviceInfo {
 }
 
 /// Who told of an XID.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
     /// A line of the kernel log.
     KernelLog,
@@ -94,7 +95,7 @@ pub enum Source {
 }
 
 /// An XID.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Xid {
     /// The number.
     pub number: u16,
@@ -130,7 +131,7 @@ impl Xid {
 }
 
 /// One value that was to be read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Read<T> {
     /// This device, driver or library has no such value, or it was not asked for.
     #[default]
@@ -155,7 +156,7 @@ impl<T: Copy> Read<T> {
 }
 
 /// Row remapping.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rows {
     /// A spare row waits for a reset.
     pub pending: bool,
@@ -164,7 +165,7 @@ pub struct Rows {
 }
 
 /// NVLink fabric.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fabric {
     /// Clique, when registered.
     pub clique: Option<u32>,
@@ -173,7 +174,7 @@ pub struct Fabric {
 }
 
 /// All values of a device that were read in one go. Deciding: recovery, rows, uncorrected errors.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reading {
     /// When the first value was asked for.
     pub begun: Duration,
@@ -199,6 +200,8 @@ pub struct Reading {
     pub shutdown: Read<u32>,
     /// Clock event reasons.
     pub clock_reasons: Read<u64>,
+    /// Packets that the host link had to send again.
+    pub replays: Read<u64>,
     /// Links that were up when first seen and are down now.
     pub links_down: Vec<u32>,
     /// NVLink fabric.
@@ -262,7 +265,7 @@ pub struct Alarm {
 }
 
 /// All values of an Ascend device that were read in one go. Deciding: health and codes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NpuReading {
     /// When the first value was asked for.
     pub begun: Duration,
@@ -279,7 +282,7 @@ pub struct NpuReading {
 }
 
 /// What a fault of a switch of Ascend's scale-up fabric is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct SwitchFault {
     /// Alarm.
     pub alarm: u32,
@@ -291,6 +294,24 @@ pub struct SwitchFault {
     pub chip: u16,
     /// Its port.
     pub port: u16,
+}
+
+/// A [`SwitchFault`] as it is read from a file.
+#[derive(Deserialize)]
+struct Kept {
+    alarm: u32,
+    fault: Option<u32>,
+    peer: String,
+    chip: u16,
+    port: u16,
+}
+
+impl<'de> Deserialize<'de> for SwitchFault {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let Kept { alarm, fault, peer, chip, port } = Kept::deserialize(from)?;
+        let peer = ["cpu", "npu", "L2"].into_iter().find(|known| *known == peer).unwrap_or("na");
+        Ok(Self { alarm, fault, peer, chip, port })
+    }
 }
 
 /// Driver of Ascend's devices, as it judges itself.
@@ -343,6 +364,10 @@ pub enum What {
         /// The line.
         text: String,
     },
+    /// The kernel ended a program because memory ran out: its line.
+    Killed(String),
+    /// A vendor's driver was loaded: whatever was known of its devices may be otherwise.
+    DriverLoaded(String),
     /// A vendor event other than an XID, by its bit.
     Event(u64),
     /// Values were read.
@@ -369,14 +394,24 @@ pub enum What {
     },
     /// Ascend's driver judged itself.
     Driver(DriverState),
-    /// No call can be made: what is wrong, and since the driver itself answers nonsense whether it is to
-    /// blame.
+    /// No call can be made.
     NoLibrary {
+        /// Whose library.
+        vendor: Vendor,
         /// In words, with the library's name or code.
         why: String,
     },
-    /// The library answers again.
-    Library,
+    /// The library of this vendor answers again.
+    Library(Vendor),
+    /// Exactly these devices of a vendor are listed, by its library or by the kernel.
+    Inventory {
+        /// Whose.
+        vendor: Vendor,
+        /// Local parts of their ids.
+        locals: Vec<Local>,
+    },
+    /// Nothing can be read from the kernel log, for this reason; `None` = it can again.
+    LogBlind(Option<String>),
     /// How many devices the library lists, and how many there should be.
     Count {
         /// Listed.
@@ -388,6 +423,10 @@ pub enum What {
     Reset(ResetStep),
     /// The validation probe's outcome.
     Validated(bool),
+    /// A look at the idle device found that it does not compute what it should: in words.
+    Unsound(String),
+    /// A person vouches for the device as of then, on the ledger's timeline.
+    Released(Duration),
     /// The device's worker died without being asked to.
     WorkerDied(String),
     /// The device's worker does not end; `None` = it did at last.

@@ -7,7 +7,8 @@ use std::{
     time::Duration,
 };
 
-use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
+use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope, Vendor};
+use serde::{Deserialize, Serialize};
 
 use super::{
     alarms::Level,
@@ -22,6 +23,9 @@ use super::{
 const STORM: usize = 2;
 /// See [`STORM`].
 const STORM_SPAN: Duration = Duration::from_secs(1);
+
+/// Whose word it is that Ascend's driver is not well: its own.
+const JUDGED: Origin = Origin::Code(0);
 
 /// One thing that the agent says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,13 +54,15 @@ pub struct Outcome {
 }
 
 /// What is said of one subject, and when it last was.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Said {
     state: DeviceState,
     evidence: String,
     since: Duration,
+    #[serde(skip)]
     recent: VecDeque<Duration>,
     /// It changed, and may not be said yet.
+    #[serde(skip)]
     behind: bool,
 }
 
@@ -92,19 +98,29 @@ pub struct Standing {
 }
 
 /// The ledger.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Ledger {
     pub(super) devices: BTreeMap<Local, Device>,
-    node: BTreeMap<(Reason, Origin), Condition>,
+    #[serde(with = "super::pairs")]
+    pub(super) node: BTreeMap<(Reason, Origin), Condition>,
+    #[serde(with = "super::pairs")]
     said: BTreeMap<Subject, Said>,
-    switch_fault: Option<Duration>,
+    pub(super) switch_fault: Option<Duration>,
+    /// When the kernel last ended a program for want of memory.
+    #[serde(skip)]
+    killed: Option<Duration>,
     /// Switches of Ascend's scale-up fabric.
     pub(super) switches: Switches,
     /// What happened once on the node and makes link faults worse.
     pub(super) triggers: Vec<(Duration, Level)>,
-    strangers: BTreeMap<Local, Duration>,
+    pub(super) strangers: BTreeMap<Local, Duration>,
+    #[serde(skip)]
     started: bool,
-    settings: Settings,
+    /// It goes on from a memory that another boot of the node wrote.
+    #[serde(skip)]
+    pub(super) rebooted: bool,
+    #[serde(skip)]
+    pub(super) settings: Settings,
 }
 
 impl Ledger {
@@ -152,8 +168,13 @@ impl Ledger {
     /// The past is read and every device was asked: from now on what changes is said. Answers what is so.
     pub fn start(&mut self, now: Duration) -> Vec<Report> {
         self.started = true;
+        let rebooted = std::mem::take(&mut self.rebooted);
         self.devices.retain(|_, device| {
             device.settle();
+            if rebooted && !device.outlives_boot() {
+                return false;
+            }
+            device.unmet(now);
             // Addresses from old lines that no library and no kernel list any more.
             device.info.is_some() || device.state().0 != DeviceState::HEALTHY
         });
@@ -164,9 +185,12 @@ impl Ledger {
                 Report { at: now, of, note: false, state, evidence }
             })
             .collect();
+        let before = std::mem::take(&mut self.said);
         for Report { of, state, evidence, .. } in &reports {
-            let said =
-                Said { state: *state, evidence: evidence.clone(), since: now, recent: VecDeque::new(), behind: false };
+            // What was so before a restart is so since then.
+            let since = before.get(of).filter(|said| said.state == *state).map_or(now, |said| said.since);
+            let (state, evidence) = (*state, evidence.clone());
+            let said = Said { state, evidence, since, recent: VecDeque::new(), behind: false };
             self.said.insert(of.clone(), said);
         }
         reports
@@ -193,6 +217,12 @@ impl Ledger {
         self.devices.iter().map(|(local, device)| (local, device.info.as_ref()))
     }
 
+    /// What is known of a device.
+    #[must_use]
+    pub fn info(&self, local: &str) -> Option<&DeviceInfo> {
+        self.devices.get(local)?.info.as_ref()
+    }
+
     fn take_device(&mut self, now: Duration, local: &Local, what: &What, outcome: &mut Outcome) {
         let ours = self.devices.contains_key(local);
         let introduces = matches!(what, What::Listed(_) | What::Unspoken(_) | What::BusLoss(_));
@@ -202,7 +232,7 @@ impl Ledger {
         if let What::Xid(xid) = what
             && let Treat::Node(row) = catalog::treat(xid.number)
         {
-            return self.node_condition(now, row, &format!("{}, {local}", xid.evidence()));
+            return self.node_condition(now, row, Origin::Vendor, &format!("{}, {local}", xid.evidence()));
         }
         let fresh = !self.started;
         if !ours && !fresh {
@@ -219,8 +249,10 @@ impl Ledger {
         if let What::Reset(step) = what {
             self.reset_group(now, local, *step, outcome);
         }
-        if matches!(what, What::Npu(_)) {
-            self.judge_driver(now);
+        match what {
+            What::Npu(_) => self.judge_driver(now, Vendor::Ascend),
+            What::Reading(_) => self.judge_driver(now, Vendor::Nvidia),
+            _ => {}
         }
         if matches!(what, What::Npu(_) | What::Alarm(_) | What::Reset(_) | What::Validated(_)) {
             self.relate(now);
@@ -243,12 +275,25 @@ impl Ledger {
     fn take_node(&mut self, now: Duration, what: &What, outcome: &mut Outcome) {
         let words = |health, admission| Words::new(health, admission, Action::None, Scope::Node);
         match what {
-            What::NoLibrary { why } => {
+            What::NoLibrary { vendor, why } => {
                 let words = words(Health::Unknown, Admission::Barred);
-                self.node_condition(now, Row { reason: Reason::AgentBlind, words, clears: Clears::Reading }, why);
+                let row = Row { reason: Reason::AgentBlind, words, clears: Clears::Reading };
+                self.node_condition(now, row, Origin::Library(*vendor), why);
+                self.tell_vendor(now, *vendor, what, outcome);
             }
-            What::Library => {
-                self.node.remove(&(Reason::AgentBlind, Origin::Vendor));
+            What::Library(vendor) => {
+                self.node.remove(&(Reason::AgentBlind, Origin::Library(*vendor)));
+                self.tell_vendor(now, *vendor, what, outcome);
+            }
+            What::Inventory { vendor, locals } => self.take_inventory(now, *vendor, locals, outcome),
+            What::LogBlind(Some(why)) => {
+                // Readings and events go on, and are late where a line would not be.
+                let words = words(Health::Degraded, Admission::Schedulable);
+                let row = Row { reason: Reason::AgentBlind, words, clears: Clears::Reading };
+                self.node_condition(now, row, Origin::Log, why);
+            }
+            What::LogBlind(None) => {
+                self.node.remove(&(Reason::AgentBlind, Origin::Log));
             }
             What::Count { listed, expected } if listed != expected => {
                 let row = Row {
@@ -256,11 +301,14 @@ impl Ledger {
                     words: words(Health::Degraded, Admission::Schedulable),
                     clears: Clears::Reading,
                 };
-                self.node_condition(now, row, &format!("{listed} devices listed, {expected} expected"));
+                let evidence = format!("{listed} devices listed, {expected} expected");
+                self.node_condition(now, row, Origin::Vendor, &evidence);
             }
             What::Count { .. } => {
                 self.node.remove(&(Reason::CountMismatch, Origin::Vendor));
             }
+            What::Killed(text) => self.killed(now, text, outcome),
+            What::DriverLoaded(_) => outcome.reread.extend(self.devices.keys().cloned()),
             What::Switch { fatal, text } => self.switch(now, *fatal, text, outcome),
             What::Fabric { of, assertion, severity } => {
                 if let Some(note) = self.switches.event(now, *of, *assertion, *severity) {
@@ -273,8 +321,16 @@ impl Ledger {
                 self.switches.list(now, *begun, faults);
                 self.relate(now);
             }
-            What::Driver(state) => self.driver_fault(now, state.fault()),
+            What::Driver(state) => self.driver_fault(now, JUDGED, state.fault()),
             _ => {}
+        }
+    }
+
+    /// Programs that the kernel ended within a minute are one note: it hurts the node, and accuses no device.
+    fn killed(&mut self, now: Duration, text: &str, outcome: &mut Outcome) {
+        if self.killed.replace(now).is_none_or(|at| now.saturating_sub(at) > WINDOW) {
+            let (reason, action) = (Reason::ProcessFault, Action::RestartWorkload);
+            self.note(now, &Subject::Node, reason, action, Scope::Process, text.to_owned(), outcome);
         }
     }
 
@@ -291,20 +347,44 @@ impl Ledger {
         }
     }
 
-    /// The driver itself is at fault, or is not any more.
-    pub(super) fn driver_fault(&mut self, now: Duration, why: Option<String>) {
+    /// The driver itself is at fault, or is not any more, as `origin` tells.
+    pub(super) fn driver_fault(&mut self, now: Duration, origin: Origin, why: Option<String>) {
         let Some(why) = why else {
-            self.node.remove(&(Reason::DriverFault, Origin::Vendor));
+            self.node.remove(&(Reason::DriverFault, origin));
             return;
         };
         let words = Words::new(Health::Degraded, Admission::Draining, Action::None, Scope::Node);
-        self.node_condition(now, Row { reason: Reason::DriverFault, words, clears: Clears::Reading }, &why);
+        let row = Row { reason: Reason::DriverFault, words, clears: Clears::Reading };
+        self.node_condition(now, row, origin, &why);
     }
 
-    fn node_condition(&mut self, now: Duration, row: Row, evidence: &str) {
+    /// Tells every device of a vendor.
+    fn tell_vendor(&mut self, now: Duration, vendor: Vendor, what: &What, outcome: &mut Outcome) {
+        let of = |device: &Device| device.info.as_ref().is_some_and(|info| info.vendor == vendor);
+        let locals: Vec<Local> =
+            self.devices.iter().filter(|(_, device)| of(device)).map(|(local, _)| local.clone()).collect();
+        for local in locals {
+            self.take_device(now, &local, what, outcome);
+        }
+    }
+
+    /// What was here and is listed by nobody any more is lost.
+    fn take_inventory(&mut self, now: Duration, vendor: Vendor, locals: &[Local], outcome: &mut Outcome) {
+        let gone = |local: &Local, device: &Device| {
+            device.info.as_ref().is_some_and(|info| info.vendor == vendor) && !locals.contains(local)
+        };
+        let gone: Vec<Local> =
+            self.devices.iter().filter(|(local, device)| gone(local, device)).map(|(local, _)| local.clone()).collect();
+        let lost = What::BusLoss("was here, and is listed by no library any more".to_owned());
+        for local in gone {
+            self.take_device(now, &local, &lost, outcome);
+        }
+    }
+
+    fn node_condition(&mut self, now: Duration, row: Row, origin: Origin, evidence: &str) {
         let Row { reason, words, clears } = row;
         let fresh = || Condition::begun(now, words, clears, evidence);
-        self.node.entry((reason, Origin::Vendor)).or_insert_with(fresh).last = now;
+        self.node.entry((reason, origin)).or_insert_with(fresh).last = now;
     }
 
     pub(super) fn follow(&mut self, now: Duration, local: &Local, effects: Vec<Effect>, outcome: &mut Outcome) {

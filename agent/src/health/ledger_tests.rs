@@ -11,14 +11,14 @@ use super::{
     ledger::{Ledger, Outcome, Report},
 };
 
-const ONE: &str = "0000:3b:00.0";
-const TWO: &str = "0000:9d:00.0";
+pub(super) const ONE: &str = "0000:3b:00.0";
+pub(super) const TWO: &str = "0000:9d:00.0";
 
-fn ms(ms: u64) -> Duration {
+pub(super) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-fn info(local: &str) -> DeviceInfo {
+pub(super) fn info(local: &str) -> DeviceInfo {
     DeviceInfo {
         local: local.to_owned(),
         vendor: Vendor::Nvidia,
@@ -33,7 +33,7 @@ fn info(local: &str) -> DeviceInfo {
     }
 }
 
-fn reading(begun: Duration) -> Reading {
+pub(super) fn reading(begun: Duration) -> Reading {
     Reading {
         begun,
         recovery: Read::Value(0),
@@ -43,7 +43,7 @@ fn reading(begun: Duration) -> Reading {
     }
 }
 
-fn xid(number: u16, pid: Option<u32>) -> What {
+pub(super) fn xid(number: u16, pid: Option<u32>) -> What {
     What::Xid(Xid {
         number,
         source: Source::KernelLog,
@@ -54,7 +54,7 @@ fn xid(number: u16, pid: Option<u32>) -> What {
     })
 }
 
-fn started() -> Ledger {
+pub(super) fn started() -> Ledger {
     let mut ledger = Ledger::new(Settings::default());
     for local in [ONE, TWO] {
         ledger.take(ms(0), &Fact::device(local, What::Listed(info(local))));
@@ -294,7 +294,7 @@ fn the_third_incident_of_a_day_is_a_repeated_fault() {
     assert_eq!((now.reason, now.action), (Some(Reason::RepeatedFault), Action::ServiceHardware));
 }
 
-fn any_fact() -> impl Strategy<Value = What> {
+pub(super) fn any_fact() -> impl Strategy<Value = What> {
     let rows = (any::<bool>(), any::<bool>()).prop_map(|(pending, failed)| Rows { pending, failed });
     let values = (any::<bool>(), 0u32..7, rows, 0u64..3, 0u64..5000, 0u64..0x200);
     let readings = values.prop_map(|(lost, recovery, rows, unc, cor, reasons)| {

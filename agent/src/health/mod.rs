@@ -7,17 +7,24 @@ pub mod catalog;
 pub mod condition;
 pub mod device;
 pub mod fact;
+pub mod incidents;
 pub mod kmsg;
 pub mod ledger;
 pub mod log;
+pub mod memory;
 pub mod neighbours;
 pub mod nvlink;
 mod nvlink5;
 pub mod nvrm;
+mod pairs;
 pub mod switch;
 pub mod tail;
 
 #[cfg(test)]
+mod fuzz_tests;
+#[cfg(test)]
 mod ledger_tests;
+#[cfg(test)]
+mod memory_tests;
 #[cfg(test)]
 mod npu_tests;

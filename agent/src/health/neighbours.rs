@@ -7,6 +7,7 @@ use berth_types::{Reason, Scope, Vendor};
 
 use super::{
     alarms::Level,
+    condition::{Origin, WINDOW},
     device::Device,
     fact::{Local, ResetStep},
     ledger::{Ledger, Outcome},
@@ -104,12 +105,24 @@ impl Ledger {
         }
     }
 
-    /// Every device's calls fail inside the library: the driver is to blame, no device.
-    pub(super) fn judge_driver(&mut self, now: Duration) {
-        let ascend = |device: &&Device| device.info.as_ref().is_some_and(|info| info.vendor == Vendor::Ascend);
-        let mut npus = self.devices.values().filter(ascend).peekable();
-        let broken = npus.peek().is_some() && npus.all(Device::inner_error);
-        self.driver_fault(now, broken.then(|| "DCMI -8005 (inner error) from every call".to_owned()));
+    /// Every device's calls fail inside the library: the driver is to blame, no device. A line that blamed it is over
+    /// when every device of the vendor reads well again and the minute of its incident has passed.
+    pub(super) fn judge_driver(&mut self, now: Duration, vendor: Vendor) {
+        let ours =
+            |device: &&Device| device.answers() && device.info.as_ref().is_some_and(|info| info.vendor == vendor);
+        let devices: Vec<&Device> = self.devices.values().filter(ours).collect();
+        let why = devices.first().and_then(|device| device.driver_error());
+        let why = why.filter(|_| devices.iter().all(|device| device.driver_error().is_some()));
+        let line = (Reason::DriverFault, Origin::Vendor);
+        let over = vendor == Vendor::Nvidia
+            && self.node.get(&line).is_some_and(|line| {
+                now.saturating_sub(line.last) > WINDOW
+                    && devices.iter().all(|device| device.good_reading().is_some_and(|begun| begun > line.last))
+            });
+        if over {
+            self.node.remove(&line);
+        }
+        self.driver_fault(now, Origin::Library(vendor), why);
     }
 }
 

@@ -5,6 +5,9 @@
 
 use crate::health::fact::{Fact, PciAddress, Source, What, Xid};
 
+/// How the kernel begins the line of a program that it ended for want of memory, the machine's or its group's.
+const OUT_OF_MEMORY: [&str; 2] = ["Out of memory: Killed process ", "Memory cgroup out of memory: Killed process "];
+
 /// Reads lines of one kernel log in their order; one message of the driver spans three records.
 #[derive(Clone, Debug, Default)]
 pub struct Nvrm {
@@ -18,7 +21,13 @@ impl Nvrm {
         if let Some(rest) = text.strip_prefix("nvidia-nvswitch") {
             return switch(rest).into_iter().collect();
         }
+        if OUT_OF_MEMORY.iter().any(|start| text.starts_with(start)) {
+            return vec![Fact::node(What::Killed(text.chars().take(120).collect()))];
+        }
         let Some(rest) = text.strip_prefix("NVRM: ") else { return Vec::new() };
+        if rest.starts_with("loading NVIDIA UNIX ") {
+            return vec![Fact::node(What::DriverLoaded(rest.chars().take(120).collect()))];
+        }
         if let Some(rest) = rest.strip_prefix("Xid (") {
             return xid(rest).into_iter().collect();
         }
@@ -206,6 +215,15 @@ mod tests {
         ));
         assert_eq!(one(&format!("{head}Severity 1 Engine instance 62 Sub-engine instance 00")), None);
         assert_eq!(one(&format!("{head}Data {{0x50610002, 0x50610002}}")), None);
+    }
+
+    #[test]
+    fn programs_that_were_killed_and_drivers_that_were_loaded_are_told() {
+        let killed = "Memory cgroup out of memory: Killed process 4711 (python3) total-vm:9kB, anon-rss:8kB";
+        assert!(matches!(one(killed).unwrap().what, What::Killed(text) if text.contains("4711")));
+        assert_eq!(one("python3 invoked oom-killer: gfp_mask=0x1"), None);
+        let loaded = "NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.133.20  Thu Mar  6 18:54:33 UTC 2025";
+        assert!(matches!(one(loaded).unwrap().what, What::DriverLoaded(text) if text.contains("570.133.20")));
     }
 
     proptest! {

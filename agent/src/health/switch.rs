@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, fmt, sync::OnceLock, time::Duration};
 
 use berth_types::{Action, Admission, Health, Reason, Scope};
+use serde::{Deserialize, Serialize};
 
 use super::{
     alarms::{self, Level},
@@ -20,8 +21,9 @@ pub(super) struct Note {
 }
 
 /// Faults that hold, each with the condition that it makes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Switches {
+    #[serde(with = "super::pairs")]
     open: BTreeMap<SwitchFault, (Duration, Option<(Reason, Condition)>)>,
     began: Option<Duration>,
 }

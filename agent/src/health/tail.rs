@@ -6,7 +6,7 @@
 use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
-    io::{self, PipeReader, PipeWriter, Read as _},
+    io::{self, PipeReader, Read as _},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::{FileTypeExt, OpenOptionsExt},
@@ -37,11 +37,11 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// Opens `path`. Dropping the second value ends the reading.
+    /// Opens `path`. The reading ends when the other end of `stop` is closed.
     ///
     /// # Errors
     /// What the system says; a container needs the right to read /dev/kmsg.
-    pub fn open(path: &Path) -> io::Result<(Self, PipeWriter)> {
+    pub fn open(path: &Path, stop: PipeReader) -> io::Result<Self> {
         let file_type = std::fs::metadata(path)?.file_type();
         let mut options = OpenOptions::new();
         // A pipe without a writer would end at once: this process holds it open for writing too.
@@ -54,10 +54,8 @@ impl Tail {
         } else {
             None
         };
-        let (stop, handle) = io::pipe()?;
         let device = file_type.is_char_device();
-        let tail = Self { file, device, growth, stop, ready: VecDeque::new(), partial: Vec::new(), caught_up: false };
-        Ok((tail, handle))
+        Ok(Self { file, device, growth, stop, ready: VecDeque::new(), partial: Vec::new(), caught_up: false })
     }
 
     /// Reads once; `false` = nothing new.
@@ -161,7 +159,8 @@ mod tests {
     fn a_growing_file_gives_old_records_then_new_ones_whole() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(b"4,1,2,-;old\n SUBSYSTEM=pci\n").unwrap();
-        let (tail, stop) = Tail::open(file.path()).unwrap();
+        let (end, stop) = io::pipe().unwrap();
+        let tail = Tail::open(file.path(), end).unwrap();
         let told = records(tail);
         assert_eq!((next(&told), next(&told)), ("4,1,2,-;old\n".to_owned(), "caught up".to_owned()));
         file.write_all(b"4,2,3,-;ne").unwrap();
@@ -176,7 +175,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kmsg");
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let (tail, stop) = Tail::open(&path).unwrap();
+        let (end, stop) = io::pipe().unwrap();
+        let tail = Tail::open(&path, end).unwrap();
         let told = records(tail);
         assert_eq!(next(&told), "caught up");
         OpenOptions::new().write(true).open(&path).unwrap().write_all(b"4,1,2,-;x\n").unwrap();

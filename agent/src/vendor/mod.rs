@@ -10,6 +10,7 @@ pub mod measure;
 pub mod nvml;
 pub mod poll;
 pub mod slate;
+pub mod trouble;
 
 use std::{
     collections::BTreeMap,
@@ -30,6 +31,8 @@ pub enum Seen {
     Settled(&'static str),
     /// Records of the kernel log were lost: what they said must be read from the devices.
     LogLost,
+    /// Facts of the kernel log's record of this number were told.
+    Logged(u64),
 }
 
 /// A detector's end of the line. Discrete time stands still while a guard travels.

@@ -10,6 +10,7 @@ use super::{
     Facts, Seen,
     lane::{Lane, LaneError},
     slate::Slate,
+    trouble::Trouble,
 };
 use crate::{
     health::fact::{Fact, What},
@@ -43,6 +44,8 @@ pub trait Readable: Send + Sync + 'static {
     fn unread(&self, values: Self::Values) -> Self::Values;
     /// What values tell besides the health that they are judged by.
     fn seen(&self, values: &Self::Values) -> Sight;
+    /// Whether the library or driver failed, and not the device: every value that decides is an error of theirs.
+    fn fails(&self, values: &Self::Values) -> bool;
     /// The fact that values are.
     fn fact(&self, values: Self::Values) -> What;
 }
@@ -60,6 +63,8 @@ pub struct Poller<D> {
     pub bell: Arc<Notify>,
     /// Where what is seen besides health is kept.
     pub board: Board,
+    /// Told of each reading whether it failed.
+    pub trouble: Arc<Trouble>,
 }
 
 impl<D: Readable> Poller<D> {
@@ -73,6 +78,7 @@ impl<D: Readable> Poller<D> {
             left_out.retain(|(_, until)| *until > begun);
             let skip = left_out.iter().map(|(name, _)| *name).collect();
             let (values, hung) = self.read(&mut lane, skip).await;
+            self.trouble.told(self.device.local(), self.device.fails(&values), self.clock.now());
             left_out.extend(hung.map(|name| (name, self.clock.now().saturating_add(LEAVE_OUT))));
             self.board.see(self.device.local(), self.device.seen(&values));
             let fact = Fact::device(self.device.local(), self.device.fact(values));

@@ -32,12 +32,17 @@ pub(crate) fn cases(checkpoint: &Path) -> anyhow::Result<Vec<Case>> {
     let path = checkpoint.join("reference.json");
     let text = std::fs::read(&path)
         .with_context(|| format!("{}: --reference needs it: give a checkpoint that has one", path.display()))?;
-    let File { cases } = serde_json::from_slice(&text)
-        .with_context(|| format!("{}: expected cases with prompt_ids and greedy_ids", path.display()))?;
+    let cases =
+        parse(&text).with_context(|| format!("{}: expected cases with prompt_ids and greedy_ids", path.display()))?;
     if cases.is_empty() {
         bail!("{}: field cases is empty: give at least one prompt", path.display());
     }
     Ok(cases)
+}
+
+/// Reads the bytes of a `reference.json`.
+pub(crate) fn parse(text: &[u8]) -> serde_json::Result<Vec<Case>> {
+    serde_json::from_slice(text).map(|File { cases }| cases)
 }
 
 /// How our positions compare with the reference's.

@@ -14,10 +14,10 @@ use anyhow::Context;
 use berth_agent::{
     Eyes, Observation,
     health::{
-        device::Settings,
         fact::{Fact, PciAddress, ResetStep, What as Seen},
         kmsg::{KernelLog, Read},
         ledger::Report,
+        log,
     },
     metrics::Metrics,
     observe, vendor,
@@ -126,10 +126,9 @@ impl Lab {
         let eyes = Eyes {
             nvml: self.nvml(folder),
             dcmi: self.dcmi(folder),
-            log: Some(Box::new(LabLog(log))),
+            log: Some(log::once(LabLog(log))),
             observer: Some(observer),
-            probes: None,
-            settings: Settings::default(),
+            ..Eyes::default()
         };
         let mut observation = observe(eyes, &self.clock, &Metrics::default(), &stop, |_, task| {
             tokio::spawn(task);

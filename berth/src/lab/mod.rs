@@ -133,6 +133,12 @@ pub(crate) fn run(args: LabArgs) -> anyhow::Result<Verdict> {
     Ok(passed.into())
 }
 
+/// Whether a script can be played, for tests that only want it read.
+#[cfg(test)]
+pub(crate) fn can_read(text: &str) -> bool {
+    Script::parse(text).is_ok()
+}
+
 fn find_double(package: &str, file: &str) -> anyhow::Result<PathBuf> {
     let program = std::env::current_exe().context("finding this program")?;
     let folder = program.parent().unwrap_or(Path::new("."));

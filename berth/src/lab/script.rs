@@ -103,6 +103,8 @@ pub(super) struct Expectation {
     pub(super) wants: Wants,
 }
 
+/// Times that one line may happen.
+const REPEATS: u64 = 1_000_000;
 /// Words that an expectation may compare.
 const FIELDS: [&str; 6] = ["health", "admission", "action", "scope", "reason", "evidence"];
 
@@ -166,6 +168,7 @@ impl Script {
         }
         let at = micros(&fields, "at_ms")?.context("field at_ms is missing")?;
         let repeat = fields.get("repeat").map_or(Ok(1), |value| value.as_u64().context("field repeat: a number"))?;
+        ensure!(repeat <= REPEATS, "field repeat: at most {REPEATS}");
         let every = micros(&fields, "every_ms")?.unwrap_or(0);
         let Some(what) = self.what(text, &fields)? else { return Ok(()) };
         for turn in 0..repeat {

@@ -6,9 +6,9 @@ use std::{collections::BTreeMap, io, sync::mpsc, time::Duration};
 use berth_agent::{
     Eyes,
     health::{
-        device::Settings,
         fact::{DeviceInfo, Fact, Read as Value, Reading, Rows, What},
         kmsg::{KernelLog, Read},
+        log,
     },
     metrics::Metrics,
     node_status::{NodeStatus, OrderBook},
@@ -144,15 +144,8 @@ impl Agent {
         let node: NodeName = text.parse().map_err(|_| Error::Unknown { what: "node name", name: text.clone() })?;
         let stop = CancellationToken::new();
         let metrics = Metrics::default();
-        let (log, records) = mpsc::channel();
-        let eyes = Eyes {
-            nvml: None,
-            dcmi: None,
-            log: Some(Box::new(Log(records))),
-            observer: None,
-            probes: None,
-            settings: Settings::default(),
-        };
+        let (send, records) = mpsc::channel();
+        let eyes = Eyes { log: Some(log::once(Log(records))), ..Eyes::default() };
         let observation = observe(eyes, clock, &metrics, &stop, |_, task| {
             tokio::spawn(task);
         })
@@ -164,12 +157,14 @@ impl Agent {
         let publisher = Publisher { clock: clock.clone(), node: node.clone(), boot_id, uptime_ms: 0, backend };
         tokio::spawn(publisher.run(observation.snapshots, see_wanted, publish, stop.clone()));
         let orders = OrderBook::closed();
-        let status = NodeStatus { clock: clock.clone(), client, node, published, workers, wanted, orders, metrics };
+        let facts = observation.facts.clone();
+        let status =
+            NodeStatus { clock: clock.clone(), client, node, published, workers, wanted, orders, facts, metrics };
         tokio::spawn(until(stop.clone(), status.run(stop.clone()), view));
-        let caught_up = log.clone();
+        let caught_up = send.clone();
         let reading = read(clock.clone(), observation.facts, devices, caught_up);
         tokio::spawn(until(stop.clone(), reading, ()));
-        Ok(Self { log, stop, sequence: 0 })
+        Ok(Self { log: send, stop, sequence: 0 })
     }
 }
 

@@ -2,6 +2,7 @@
 //! handed back.
 
 mod due;
+mod memory;
 mod npu;
 mod readings;
 mod resets;
@@ -14,6 +15,7 @@ use std::{
 };
 
 use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope, Vendor};
+use serde::{Deserialize, Serialize};
 
 use super::{
     catalog::{self, Row},
@@ -63,10 +65,11 @@ const BLIND_LIMIT: Duration = Duration::from_secs(30);
 const REPEATED: usize = 3;
 
 /// One device's conditions and memory.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Device {
     /// What it is; `None` while only the kernel spoke of it.
     pub info: Option<DeviceInfo>,
+    #[serde(with = "super::pairs")]
     conditions: BTreeMap<(Reason, Origin), Condition>,
     /// The recovery action that holds, and when the kernel log last named one.
     recovery: Option<u32>,
@@ -86,13 +89,29 @@ pub struct Device {
     begun: BTreeMap<Reason, Vec<Duration>>,
     returned: BTreeMap<Reason, Duration>,
     corrected: VecDeque<(Duration, u64)>,
-    clique: Option<Option<u32>>,
+    replays: VecDeque<(Duration, u64)>,
+    clique: Option<FirstClique>,
     npu: npu::Npu,
     /// Another device of the node has a link down by its own fault.
+    #[serde(skip)]
     pub(crate) other_end_blamed: bool,
+    /// Somebody spoke of it since this process began.
+    #[serde(skip)]
+    met: bool,
+    /// Its values were read since this process began.
+    #[serde(skip)]
+    read: bool,
     /// Facts come from the time before the agent started.
+    #[serde(skip)]
     replaying: bool,
+    #[serde(skip)]
     settings: Settings,
+}
+
+/// The fabric's clique as it was first read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct FirstClique {
+    clique: Option<u32>,
 }
 
 /// What the cluster's owner may choose.
@@ -117,9 +136,14 @@ impl Device {
 
     /// Takes one fact.
     pub fn take(&mut self, now: Duration, what: &What, effects: &mut Vec<Effect>) {
+        self.read |= matches!(what, What::Reading(_) | What::Npu(_));
+        self.met |= !matches!(what, What::NoLibrary { .. } | What::Library(_));
         match what {
-            What::Listed(info) => self.info = Some(info.clone()),
-            What::Unspoken(info) => self.info = Some(info.clone()),
+            What::Listed(info) => self.listed(info),
+            // Who only the kernel lists keeps what a library once said of it.
+            What::Unspoken(info) => {
+                self.info.get_or_insert_with(|| info.clone());
+            }
             What::Xid(xid) => self.xid(now, xid, effects),
             What::Recovery(value) => self.recovery_line(now, *value, effects),
             What::BusLoss(line) => self.lost(now, line),
@@ -135,8 +159,13 @@ impl Device {
                 scope: Scope::Process,
                 evidence: how.clone(),
             }),
+            What::Unsound(why) => {
+                let row = Row { reason: Reason::EngineFault, words: catalog::RESET, clears: Clears::Probe };
+                self.begin(now, row, Origin::Vendor, &format!("validation of the idle device failed: {why}"));
+            }
+            What::Released(since) => self.release(now, *since),
             What::WorkerStuck(stuck) => self.worker_stuck(now, stuck.as_deref()),
-            What::NoLibrary { why } => {
+            What::NoLibrary { why, .. } => {
                 let words = Words::new(Health::Unknown, Admission::Barred, Action::None, Scope::Node);
                 self.begin(
                     now,
@@ -145,9 +174,16 @@ impl Device {
                     why,
                 );
             }
-            What::Library => self.end(Reason::AgentBlind, Origin::Vendor),
-            What::Switch { .. } | What::Count { .. } | What::Fabric { .. } | What::Fabrics { .. } | What::Driver(_) => {
-            }
+            What::Library(_) => self.end(Reason::AgentBlind, Origin::Vendor),
+            What::Switch { .. }
+            | What::Count { .. }
+            | What::Fabric { .. }
+            | What::Fabrics { .. }
+            | What::Driver(_)
+            | What::Inventory { .. }
+            | What::Killed(_)
+            | What::DriverLoaded(_)
+            | What::LogBlind(_) => {}
         }
     }
 
@@ -218,7 +254,7 @@ impl Device {
     /// The log before the agent's start is read and the device was asked: what it says now counts.
     pub fn settle(&mut self) {
         self.replaying = false;
-        let Some(last) = self.last.clone() else { return };
+        let Some(last) = self.last.clone().filter(|_| self.read) else { return };
         self.conditions.retain(|(reason, _), condition| !condition.old || still_true(*reason, &last));
     }
 
@@ -256,7 +292,9 @@ impl Device {
     fn begin(&mut self, now: Duration, row: Row, origin: Origin, evidence: &str) {
         let Row { reason, words, clears } = row;
         let key = (reason, origin);
-        let open = self.conditions.get_mut(&key).filter(|open| !matches!(open.phase, Phase::Probation(_)));
+        // What is remembered from before a restart is never replaced by a line of the past.
+        let (replaying, probation) = (self.replaying, |open: &Condition| matches!(open.phase, Phase::Probation(_)));
+        let open = self.conditions.get_mut(&key).filter(|open| !probation(open) || (replaying && !open.old));
         if let Some(open) = open {
             open.words = open.words.worsened(words);
             (open.last, open.phase) = (now, Phase::Active);

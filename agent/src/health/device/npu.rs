@@ -7,6 +7,7 @@ use std::{
 };
 
 use berth_types::{Action, Admission, Health, Reason, Scope};
+use serde::{Deserialize, Serialize};
 
 use super::{Device, Effect, Phase, silence::NETWORK_HOLD};
 use crate::health::{
@@ -25,11 +26,19 @@ const LAST_WORD: Duration = Duration::from_millis(220);
 const DOWN_LIMIT: Duration = Duration::from_secs(20);
 /// A program that was asked to start again has so long.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
+/// Codes that hold on a device, beyond which one that nobody listed says nothing new: what a driver lists at most.
+const INVENTED: usize = 128;
+/// Health without a code must last so long: list and health are read one after the other.
+const UNCODED: Duration = Duration::from_secs(10);
+/// Stands for the code that is missing; no driver uses it.
+const NO_CODE: u32 = 0;
 /// Two events of one code and serial number within this are one.
 const SERIALS: usize = 64;
+/// Codes whose severity is remembered; a driver that invents them must not fill the memory.
+const CODES: usize = 512;
 
 /// Codes that hold, and what is remembered of them.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Npu {
     pub(super) last: Option<NpuReading>,
     pub(super) active: BTreeMap<u32, Active>,
@@ -43,12 +52,31 @@ pub(super) struct Npu {
     quiet: BTreeMap<u32, (Duration, Duration)>,
     /// The port's bad health belongs to a fault of a switch.
     pub(super) network_joined: bool,
+    /// Since when health is severe without a code.
+    uncoded: Option<Duration>,
     /// When a code last left the list.
     pub(super) ended: Option<Duration>,
 }
 
+impl Npu {
+    /// The node booted: serial numbers, hints and announcements of the boot before mean nothing.
+    pub(super) fn reboot(&mut self) {
+        self.serials.clear();
+        self.hints.clear();
+        self.over.clear();
+        self.silence = super::silence::Silence::default();
+        self.last = None;
+    }
+
+    /// How often `code` came counts no more.
+    pub(super) fn forget(&mut self, code: u32) {
+        self.counts.remove(&code);
+        self.quiet.remove(&code);
+    }
+}
+
 /// A code that holds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Active {
     pub(super) since: Duration,
     /// Its condition, when it makes one.
@@ -61,7 +89,7 @@ pub(super) struct Active {
 }
 
 /// What an event said and no reading has borne out yet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Hint {
     code: u32,
     at: Duration,
@@ -73,6 +101,10 @@ impl Device {
     pub(super) fn alarm(&mut self, now: Duration, alarm: Alarm, effects: &mut Vec<Effect>) {
         let Alarm { code, assertion, severity, serial } = alarm;
         effects.push(Effect::Reread);
+        if self.npu.severities.len() >= CODES {
+            let active = &self.npu.active;
+            self.npu.severities.retain(|code, _| active.contains_key(code));
+        }
         self.npu.severities.insert(code, severity);
         if code == alarms::STARTED {
             return self.npu.silence.chip_started();
@@ -135,9 +167,31 @@ impl Device {
             // No list says otherwise: the events are all there is.
             Read::Absent | Read::Failed(_) | Read::Missed => self.believe(now, reading, effects),
         }
+        self.uncoded(now, reading);
         self.read_network(now, reading);
         self.read_pages(reading, now);
         self.come_back(now);
+    }
+
+    /// Health that is major or critical, and no code that says why: as a code that nobody listed, once it has lasted.
+    fn uncoded(&mut self, now: Duration, reading: &NpuReading) {
+        let none = matches!(&reading.codes, Read::Value(codes) if codes.is_empty());
+        let severe = matches!(reading.health, Read::Value(2 | 3));
+        let idle = self.npu.active.is_empty() && self.npu.hints.is_empty() && !self.npu.silence.expected(now);
+        if !(none && severe && idle) {
+            self.npu.uncoded = None;
+            return;
+        }
+        let since = *self.npu.uncoded.get_or_insert(now);
+        if now.saturating_sub(since) < UNCODED {
+            return;
+        }
+        let (reason, level) = (Reason::UnknownFault, Level::Separate);
+        let active = Active { since: now, reason: Some(reason), level, undecided: None, joined: false };
+        self.npu.active.insert(NO_CODE, active);
+        let row = Row { reason, words: level.words(false), clears: Clears::Probe };
+        let health = reading.health.value().unwrap_or(0);
+        self.begin(now, row, Origin::Code(NO_CODE), &format!("DCMI health {health} without a code"));
     }
 
     /// The driver's list: what is new on it begins, what left it ends when health agrees.
@@ -194,6 +248,11 @@ impl Device {
 
     fn begin_code(&mut self, now: Duration, code: u32, effects: &mut Vec<Effect>) {
         let listed = alarms::listed(code);
+        // A driver that invents codes is told by those that are known already.
+        let known = self.conditions.keys().filter(|(_, origin)| matches!(origin, Origin::Code(_))).count();
+        if listed.is_none() && (self.npu.active.len() >= INVENTED || known >= INVENTED) {
+            return;
+        }
         let level = listed.map_or(Level::Separate, |row| row.level);
         let mut active = Active { since: now, reason: None, level, undecided: None, joined: false };
         match listed {

@@ -1,10 +1,10 @@
 //! Values read from one device: what they begin and what they end.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use berth_types::{Admission, Health, Reason, Scope};
 
-use super::{Device, Effect};
+use super::{Device, Effect, FirstClique};
 use crate::health::{
     catalog::{self, Row},
     condition::{Clears, Origin, Phase, WINDOW, Words},
@@ -15,6 +15,8 @@ use crate::health::{
 const BURST: u64 = 1000;
 /// See [`BURST`].
 const BURST_SPAN: Duration = Duration::from_secs(600);
+/// Repeated packets within [`BURST_SPAN`] that are too many. A default, as no vendor names one.
+const REPLAYS: u64 = 1000;
 /// Clock event reasons: hardware slowdown by heat, by software and by hardware.
 const HOT: u64 = 0x20 | 0x40;
 /// Clock event reasons: hardware slowdown and power brake.
@@ -99,17 +101,13 @@ impl Device {
         if let Some(count) = reading.ecc_corrected.value() {
             self.count_corrected(now, count);
         }
+        if let Some(count) = reading.replays.value() {
+            self.count_replays(now, count);
+        }
     }
 
     fn count_corrected(&mut self, now: Duration, count: u64) {
-        if self.corrected.back().is_some_and(|(_, last)| *last > count) {
-            self.corrected.clear();
-        }
-        self.corrected.push_back((now, count));
-        // The oldest value kept is the last one from before the span.
-        while self.corrected.get(1).is_some_and(|(at, _)| now.saturating_sub(*at) >= BURST_SPAN) {
-            self.corrected.pop_front();
-        }
+        counted(&mut self.corrected, now, count);
         if self.corrected_growth() >= BURST {
             let row =
                 Row { reason: Reason::MemoryCorrectableBurst, words: catalog::WATCH, clears: Clears::ReadingHeld };
@@ -118,8 +116,17 @@ impl Device {
     }
 
     fn corrected_growth(&self) -> u64 {
-        let ends = self.corrected.front().zip(self.corrected.back());
-        ends.map_or(0, |((_, first), (_, last))| last.saturating_sub(*first))
+        growth(&self.corrected)
+    }
+
+    /// A host link that repeats more than a trained one ever does.
+    fn count_replays(&mut self, now: Duration, count: u64) {
+        counted(&mut self.replays, now, count);
+        let again = growth(&self.replays);
+        if again >= REPLAYS {
+            let row = Row { reason: Reason::PcieFault, words: catalog::WATCH, clears: Clears::Reading };
+            self.renew(now, row, &format!("{again} replays on the host link in 10 min"));
+        }
     }
 
     fn read_heat_and_power(&mut self, now: Duration, reading: &Reading) {
@@ -147,8 +154,8 @@ impl Device {
             self.begin(now, row, Origin::Vendor, &format!("NVLink {:?} inactive", reading.links_down));
         }
         let Some(fabric) = reading.fabric.value() else { return };
-        let first = *self.clique.get_or_insert(fabric.clique);
-        if fabric.unhealthy || fabric.clique != first {
+        let first = *self.clique.get_or_insert(FirstClique { clique: fabric.clique });
+        if fabric.unhealthy || fabric.clique != first.clique {
             let row = Row { reason: Reason::FabricDegraded, words: catalog::FABRIC, clears: Clears::Reading };
             self.renew(now, row, &format!("fabric: clique {:?}, unhealthy {}", fabric.clique, fabric.unhealthy));
         }
@@ -168,13 +175,14 @@ impl Device {
     fn hold(&mut self, now: Duration) {
         let Some(last) = self.last.clone() else { return };
         let calm = self.corrected_growth() < BURST;
+        let steady = growth(&self.replays) < REPLAYS;
         let cool = last.clock_reasons.value().is_none_or(|reasons| reasons & HOT == 0)
             && last.temperature.value().zip(last.slowdown.value()).is_none_or(|(at, limit)| at <= limit);
         let powered = last.clock_reasons.value().is_none_or(|reasons| reasons & POWER == 0);
         let joined = last
             .fabric
             .value()
-            .is_none_or(|fabric| !fabric.unhealthy && self.clique.is_none_or(|first| first == fabric.clique));
+            .is_none_or(|fabric| !fabric.unhealthy && self.clique.is_none_or(|first| first.clique == fabric.clique));
         let (probation, blamed) = (self.settings.probation, self.other_end_blamed);
         self.conditions.retain(|(reason, origin), condition| {
             if condition.phase != Phase::Active || *origin != Origin::Vendor || last.begun < condition.last {
@@ -188,7 +196,7 @@ impl Device {
                 Reason::FabricDegraded => joined && quiet,
                 // The innocent end of a link, once the link is up and nobody else of the node is to blame.
                 Reason::FabricLinkDown => last.links_down.is_empty() && !blamed,
-                Reason::PcieFault => quiet,
+                Reason::PcieFault => quiet && steady,
                 Reason::EngineFault => last.recovery.value() == Some(0),
                 _ => false,
             };
@@ -200,4 +208,21 @@ impl Device {
             true
         });
     }
+}
+
+/// Remembers a counter's value; one that fell began anew. The oldest value kept is the last one from before the span.
+fn counted(values: &mut VecDeque<(Duration, u64)>, now: Duration, count: u64) {
+    if values.back().is_some_and(|(_, last)| *last > count) {
+        values.clear();
+    }
+    values.push_back((now, count));
+    while values.get(1).is_some_and(|(at, _)| now.saturating_sub(*at) >= BURST_SPAN) {
+        values.pop_front();
+    }
+}
+
+/// How much a counter grew over what is remembered of it.
+fn growth(values: &VecDeque<(Duration, u64)>) -> u64 {
+    let ends = values.front().zip(values.back());
+    ends.map_or(0, |((_, first), (_, last))| last.saturating_sub(*first))
 }

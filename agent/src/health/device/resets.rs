@@ -164,7 +164,7 @@ impl Device {
     }
 
     /// When the last reading began, if it says nothing against this device.
-    pub(super) fn good_reading(&self) -> Option<Duration> {
+    pub(crate) fn good_reading(&self) -> Option<Duration> {
         let Some(last) = &self.last else { return self.npu_good() };
         let good = !last.lost && last.blind().is_none() && !matches!(last.recovery.value(), Some(1 | 2 | 4));
         good.then_some(last.begun)

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use berth_types::{Action, Admission, Health, Reason, Scope};
+use serde::{Deserialize, Serialize};
 
 use super::{Device, Effect, Phase};
 use crate::health::{
@@ -21,6 +22,8 @@ const NOT_EXIST: i32 = -8008;
 const INNER: i32 = -8005;
 /// Timeout, upgrading, occupied: worth a second look.
 const RETRY: [i32; 3] = [-8006, -8017, -8020];
+/// NVML: its library or a function of it is missing, it does not fit the driver, or it does not know.
+const BROKEN: [i32; 4] = [12, 13, 18, 999];
 /// Health of a device that is absent or not started.
 const GONE: u32 = u32::MAX;
 /// Started.
@@ -35,7 +38,7 @@ pub(super) const NETWORK_HOLD: Duration = Duration::from_secs(60);
 const RESET_LIMIT: Duration = Duration::from_secs(600);
 
 /// What is known of a device's silence.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Silence {
     /// An ordered reset began: silence is expected.
     announced: Option<Duration>,
@@ -240,10 +243,25 @@ impl Device {
         (answers && started).then_some(last.begun)
     }
 
-    /// Every call fails inside the library.
-    pub(crate) fn inner_error(&self) -> bool {
-        let last = self.npu.last.as_ref();
-        last.is_some_and(|last| last.health.failed() == Some(INNER) && last.codes.failed() == Some(INNER))
+    /// Whether the library says anything of it, be it that it cannot.
+    pub(crate) fn answers(&self) -> bool {
+        self.npu.last.is_some() || self.last.as_ref().is_some_and(|last| !last.lost)
+    }
+
+    /// What every call that decides fails with, if it is a code that says more of the library or driver than of the
+    /// device.
+    pub(crate) fn driver_error(&self) -> Option<String> {
+        if let Some(last) = &self.npu.last {
+            let inner = last.health.failed() == Some(INNER) && last.codes.failed() == Some(INNER);
+            return inner.then(|| format!("DCMI {INNER} (inner error) from every call"));
+        }
+        let last = self.last.as_ref()?;
+        let codes = [last.recovery.failed(), last.rows.failed(), last.ecc_uncorrected.failed()];
+        let answered =
+            last.recovery.value().is_some() || last.rows.value().is_some() || last.ecc_uncorrected.value().is_some();
+        let code = codes.into_iter().flatten().next().filter(|_| !answered && !last.lost)?;
+        let broken = codes.into_iter().flatten().all(|code| BROKEN.contains(&code));
+        broken.then(|| format!("NVML {code} from every call"))
     }
 }
 

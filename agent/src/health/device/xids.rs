@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use berth_types::{Action, Admission, Reason, Scope};
+use serde::{Deserialize, Serialize};
 
 use super::{Device, Effect};
 use crate::health::{
@@ -26,7 +27,7 @@ const SILENT: u32 = 3;
 const REMEMBERED: usize = 64;
 
 /// What is decided a little later.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Waiting {
     /// A note whose process is not known yet.
     Note { xid: Xid, reason: Reason, until: Duration },
@@ -50,7 +51,7 @@ impl Waiting {
 }
 
 /// A note that was made: later facts of the same kind join it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Trace {
     number: u16,
     pid: Option<u32>,
@@ -58,7 +59,7 @@ pub(super) struct Trace {
 }
 
 /// An XID that one source told of and the other may still tell of.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Seen {
     number: u16,
     source: Source,

@@ -1,7 +1,12 @@
 //! Events of Ascend's libraries, from the driver's threads to the ledger. An event is told as it came; what
 //! it means, and whether it is true, is decided elsewhere.
 
-use std::{collections::BTreeMap, sync::Arc, thread, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
 
 use berth_runtime::Clock;
 
@@ -28,23 +33,35 @@ pub(super) struct Listener {
     facts: Facts,
     bells: Bells,
     /// Devices by what events call them.
-    locals: Arc<BTreeMap<u16, Local>>,
+    locals: Arc<Mutex<BTreeMap<u16, Local>>>,
+    /// The thread that takes events from the queue runs.
+    started: bool,
+    /// Devices that a thread asks for events.
+    asked: BTreeSet<Local>,
 }
 
 impl Listener {
-    pub(super) fn new(clock: Clock, facts: Facts, bells: Bells, targets: &[Target]) -> Self {
-        let locals = targets.iter().filter_map(|target| Some((target.event_id?, target.info.local.clone())));
-        let locals = Arc::new(locals.collect());
-        Self { clock, facts, bells, locals }
+    pub(super) fn new(clock: Clock, facts: Facts, bells: Bells) -> Self {
+        Self { clock, facts, bells, locals: Arc::default(), started: false, asked: BTreeSet::new() }
     }
 
-    /// Starts the thread that takes events from the queue. It ends with the process, or when nobody listens
-    /// any more and another event comes.
-    pub(super) fn start(self) {
-        let started = thread::Builder::new().name("dcmi events".to_owned()).spawn(move || self.run());
-        if let Err(error) = started {
-            tracing::warn!(%error, "no thread for DCMI events: polling only");
+    /// From now on events are of these devices. The first time, the thread that takes them from the queue is started: it
+    /// ends with the process, or when nobody listens any more and another event comes.
+    pub(super) fn know(&mut self, targets: &[Target]) {
+        let locals = targets.iter().filter_map(|target| Some((target.event_id?, target.info.local.clone())));
+        *self.lock() = locals.collect();
+        if !std::mem::replace(&mut self.started, true) {
+            let listening = self.clone();
+            let started = thread::Builder::new().name("dcmi events".to_owned()).spawn(move || listening.run());
+            if let Err(error) = started {
+                tracing::warn!(%error, "no thread for DCMI events: polling only");
+            }
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u16, Local>> {
+        // A map of plain values is whole between statements.
+        self.locals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn run(self) {
@@ -68,11 +85,12 @@ impl Listener {
     fn fact(&self, item: Item) -> Option<Fact> {
         match item {
             Item::Device(event) => {
-                let Some(local) = self.locals.get(&event.device) else {
+                let local = self.lock().get(&event.device).cloned();
+                let Some(local) = local else {
                     self.bells.ring_all();
                     return None;
                 };
-                Some(Fact::device(local.clone(), What::Alarm(alarm(&event)?)))
+                Some(Fact::device(local, What::Alarm(alarm(&event)?)))
             }
             Item::Switch(raw) => {
                 let (of, assertion) = (switches::fault(&raw), assertion(raw.assertion)?);
@@ -88,27 +106,32 @@ impl Listener {
         }
     }
 
-    /// Starts a thread that asks one device for its events, for a driver that takes no subscription.
-    pub(super) fn ask(self, library: Arc<Dcmi>, target: Target) {
+    /// Starts a thread that asks one device for its events, for a driver that takes no subscription; once for each
+    /// device.
+    pub(super) fn ask(&mut self, library: Arc<Dcmi>, target: Target) {
+        if !self.asked.insert(target.info.local.clone()) {
+            return;
+        }
+        let Self { clock, facts, bells, .. } = self.clone();
         let asking = move || {
             loop {
                 let asked = library.api.event(target.at, EVENT_WAIT_MS);
                 // A double that keeps discrete time hands its guard over; a real library has none.
-                let guard = lane::carried().unwrap_or_else(|| self.clock.in_flight());
+                let guard = lane::carried().unwrap_or_else(|| clock.in_flight());
                 let listened = match asked {
                     Ok(event) => match alarm(&event) {
                         Some(alarm) => {
                             let fact = Fact::device(target.info.local.clone(), What::Alarm(alarm));
-                            self.facts.send_blocking(Seen::Fact(fact), Some(guard))
+                            facts.send_blocking(Seen::Fact(fact), Some(guard))
                         }
-                        None => !self.facts.closed(),
+                        None => !facts.closed(),
                     },
-                    Err(ffi::TIME_OUT) => !self.facts.closed(),
+                    Err(ffi::TIME_OUT) => !facts.closed(),
                     Err(_) => {
                         // A lost device can be what the refusal means.
-                        self.bells.ring(&target.info.local);
-                        guard.block_until(self.clock.now().saturating_add(PAUSE));
-                        !self.facts.closed()
+                        bells.ring(&target.info.local);
+                        guard.block_until(clock.now().saturating_add(PAUSE));
+                        !facts.closed()
                     }
                 };
                 if !listened {

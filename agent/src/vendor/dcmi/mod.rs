@@ -35,6 +35,8 @@ use crate::{
 
 /// The library's name, as the dynamic linker searches it.
 pub const LIBRARY: &str = "libdcmi.so";
+/// Codes of a library whose driver went from under it: inner error, a device file or a message that fails.
+const STALE: [i32; 5] = [-8005, -8009, -8010, -8011, -8014];
 /// The name of the switches' library.
 pub const SWITCH_LIBRARY: &str = "liblingqu-dcmi.so";
 
@@ -286,6 +288,11 @@ impl Readable for Npu {
 
     fn seen(&self, values: &NpuReading) -> Sight {
         vitals::seen(values)
+    }
+
+    fn fails(&self, values: &NpuReading) -> bool {
+        let stale = |code: Option<i32>| code.is_some_and(|code| STALE.contains(&code));
+        stale(values.health.failed()) && stale(values.codes.failed())
     }
 
     fn fact(&self, values: NpuReading) -> What {

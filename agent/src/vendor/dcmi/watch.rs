@@ -13,12 +13,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Dcmi, LIBRARY, Npu, OpenError, Target, ffi, library_path, listener, missing, switches};
 use crate::{
-    health::fact::{DeviceInfo, Fact, What},
+    health::fact::{DeviceInfo, Fact, Local, What},
     vendor::{
         Bells, Facts, Seen,
         lane::{Lane, LaneError},
         measure::Measurer,
         poll::{POLL, Poller, READ_LIMIT},
+        trouble::Trouble,
     },
     vitals::Board,
 };
@@ -69,22 +70,35 @@ impl Watch {
 
     async fn watch(&self) {
         let mut lane = Lane::new(NAME, self.clock.clone());
-        let (library, targets) = self.open(&mut lane).await;
-        let driver = library.driver().unwrap_or_default();
-        tracing::info!(driver, devices = targets.len(), ?library, "Ascend library opened");
-        self.introduce(&targets).await;
-        self.listen(&mut lane, &library, &targets).await;
-        let switches = switches::open(&mut lane, self.config.switch_library.clone()).await;
+        let mut listener = None;
+        loop {
+            let (library, targets) = self.open(&mut lane).await;
+            let driver = library.driver().unwrap_or_default();
+            tracing::info!(driver, devices = targets.len(), ?library, "Ascend library opened");
+            self.introduce(&targets).await;
+            let known = listener.get_or_insert_with(|| {
+                listener::Listener::new(self.clock.clone(), self.facts.clone(), self.bells.clone())
+            });
+            self.listen(&mut lane, known, &library, &targets).await;
+            let switches = switches::open(&mut lane, self.config.switch_library.clone()).await;
+            self.read(library, switches, targets).await;
+            tracing::warn!("every call to Ascend's library fails: it is opened again, as after a driver reload");
+        }
+    }
+
+    /// Reads every device, the driver and the switches until nothing but errors of the library comes from all devices.
+    async fn read(&self, library: Arc<Dcmi>, switches: Option<Arc<ffi::Switches>>, targets: Vec<Target>) {
         let (first, mut firsts) = mpsc::channel(1);
+        let trouble = Arc::new(Trouble::of(targets.iter().map(|target| target.info.local.clone())));
         let mut loops = JoinSet::new();
         for target in targets {
             let bell = self.bells.of(&target.info.local);
             let (clock, facts, first) = (self.clock.clone(), self.facts.clone(), first.clone());
             let device = Arc::new(Npu { library: Arc::clone(&library), target });
-            let board = self.board.clone();
+            let (board, trouble) = (self.board.clone(), Arc::clone(&trouble));
             let measurer = Measurer { clock: clock.clone(), board: board.clone(), device: Arc::clone(&device) };
             loops.spawn(measurer.run());
-            loops.spawn(Poller { clock, facts, device, bell, board }.run(first));
+            loops.spawn(Poller { clock, facts, device, bell, board, trouble }.run(first));
         }
         loops.spawn(attend(self.clock.clone(), self.facts.clone(), library, switches, first));
         let settled = async {
@@ -93,9 +107,11 @@ impl Watch {
             self.facts.send(Seen::Settled(NAME), None).await;
             std::future::pending::<()>().await;
         };
-        // A loop never ends by itself; a panic in one must not go unnoticed.
+        // Cancel-safe: a loop that is dropped leaves its call to its thread. It never ends by itself; a panic in one must
+        // not go unnoticed.
         tokio::select! {
             () = settled => {}
+            () = trouble.lasts() => {}
             Some(ended) = loops.join_next() => {
                 if let Err(error) = ended
                     && let Ok(panic) = error.try_into_panic()
@@ -119,7 +135,7 @@ impl Watch {
             let why = match opened.await {
                 Ok(Ok((library, Ok(targets)))) => {
                     if told {
-                        self.facts.send(Seen::Fact(Fact::node(What::Library)), None).await;
+                        self.facts.send(Seen::Fact(Fact::node(What::Library(Vendor::Ascend))), None).await;
                     }
                     return (Arc::new(library), targets);
                 }
@@ -132,7 +148,8 @@ impl Watch {
             if !told {
                 told = true;
                 tracing::warn!(why, "Ascend library cannot be used: this node hosts nothing");
-                self.facts.send(Seen::Fact(Fact::node(What::NoLibrary { why })), None).await;
+                let none = What::NoLibrary { vendor: Vendor::Ascend, why };
+                self.facts.send(Seen::Fact(Fact::node(none)), None).await;
                 self.facts.send(Seen::Settled(NAME), None).await;
             }
             self.clock.sleep(REOPEN).await;
@@ -144,30 +161,39 @@ impl Watch {
             let fact = Fact::device(target.info.local.clone(), What::Listed(target.info.clone()));
             self.facts.send(Seen::Fact(fact), None).await;
         }
-        let Some(expected) = self.config.expected else { return };
-        for (card, device) in missing(targets, expected) {
+        let mut locals: Vec<Local> = targets.iter().map(|target| target.info.local.clone()).collect();
+        for (card, device) in self.config.expected.map(|expected| missing(targets, expected)).unwrap_or_default() {
             let (local, info) = unlisted(card, device, targets);
+            locals.push(local.clone());
             self.facts.send(Seen::Fact(Fact::device(local.clone(), What::Unspoken(info))), None).await;
             let lost = What::BusLoss("expected by the node, listed by no library".to_owned());
             self.facts.send(Seen::Fact(Fact::device(local, lost)), None).await;
         }
+        let inventory = What::Inventory { vendor: Vendor::Ascend, locals };
+        self.facts.send(Seen::Fact(Fact::node(inventory)), None).await;
+        let Some(expected) = self.config.expected else { return };
         let count = What::Count { listed: targets.len(), expected };
         self.facts.send(Seen::Fact(Fact::node(count)), None).await;
     }
 
-    /// Subscribes to events and starts their thread; a driver without subscription is asked, one thread per
+    /// Subscribes to events and sees that their thread runs; a driver without subscription is asked, one thread per
     /// device. Without either, polling alone goes on.
-    async fn listen(&self, lane: &mut Lane, library: &Arc<Dcmi>, targets: &[Target]) {
-        let listener = listener::Listener::new(self.clock.clone(), self.facts.clone(), self.bells.clone(), targets);
+    async fn listen(
+        &self,
+        lane: &mut Lane,
+        listener: &mut listener::Listener,
+        library: &Arc<Dcmi>,
+        targets: &[Target],
+    ) {
         let (asked, events) = (Arc::clone(library), Arc::clone(library));
         let second = library.second;
+        // Switches may bring events even where devices do not.
+        listener.know(targets);
         match lane.call(OPEN_LIMIT, Duration::default, move || asked.api.subscribe(second)).await {
-            Ok(Ok(())) => return listener.start(),
+            Ok(Ok(())) => return,
             Ok(Err(code)) => tracing::info!(code, "DCMI has no subscription: events are asked for"),
             Err(error) => return tracing::warn!(%error, "subscribing to DCMI events: polling only"),
         }
-        // Switches may still bring some.
-        listener.clone().start();
         for target in targets {
             let (probe, at) = (Arc::clone(&events), target.at);
             match lane.call(READ_LIMIT, Duration::default, move || probe.api.event(at, 0)).await {
@@ -176,7 +202,7 @@ impl Watch {
                 Ok(Err(code)) => return tracing::warn!(code, "DCMI has no events: polling only"),
                 Err(error) => return tracing::warn!(%error, "asking for DCMI events: polling only"),
             }
-            listener.clone().ask(Arc::clone(&events), target.clone());
+            listener.ask(Arc::clone(&events), target.clone());
         }
     }
 }

@@ -30,8 +30,13 @@ use crate::{
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
 /// `NVML_FI_DEV_GET_GPU_RECOVERY_ACTION`; drivers before R570 do not know it.
 const RECOVERY_ACTION: u32 = 230;
+/// `NVML_FI_DEV_PCIE_REPLAY_COUNTER`.
+const PCIE_REPLAYS: u32 = 94;
 /// `NVML_NVLINK_MAX_LINKS`.
 const LINKS: u32 = 36;
+/// Codes of a library whose driver went from under it: not initialised, no driver, parts missing, another version, an
+/// error of the system or one that it does not know.
+const STALE: [i32; 7] = [1, 9, 12, 13, 17, 18, 999];
 /// Events that say something about health: errors, retirement, poison, unavailable, recovery action.
 pub const EVENTS: u64 = 0x1 | 0x2 | 0x8 | 0x200 | 0x400 | 0x800 | 0x1000 | 0x2000 | 0x4000 | 0x8000;
 
@@ -278,6 +283,13 @@ impl Readable for Gpu {
         vitals::seen(values)
     }
 
+    fn fails(&self, values: &Reading) -> bool {
+        let codes = [values.recovery.failed(), values.rows.failed(), values.ecc_uncorrected.failed()];
+        let answered = values.recovery.value().is_some() || values.rows.value().is_some();
+        let answered = answered || values.ecc_uncorrected.value().is_some() || values.lost || values.reset_required;
+        !answered && codes.into_iter().flatten().any(|code| STALE.contains(&code))
+    }
+
     fn fact(&self, values: Reading) -> What {
         What::Reading(Box::new(values))
     }
@@ -369,6 +381,12 @@ static STEPS: &[Step] = &[
         name: "clock event reasons",
         deciding: false,
         read: |api, target, out| api.clock_reasons(target.handle).map(|bits| out.clock_reasons = Read::Value(bits)),
+        failed: unknown,
+    },
+    Step {
+        name: "host link",
+        deciding: false,
+        read: |api, target, out| api.field(target.handle, PCIE_REPLAYS).map(|count| out.replays = Read::Value(count)),
         failed: unknown,
     },
     Step {

@@ -24,6 +24,7 @@ use crate::{
         lane::{self, Lane, LaneError},
         measure::Measurer,
         poll::{Poller, READ_LIMIT},
+        trouble::Trouble,
     },
     vitals::Board,
 };
@@ -80,7 +81,7 @@ impl Watch {
         }
     }
 
-    /// Watches, but for the times when somebody asks for the library.
+    /// Watches, but for the times when somebody asks for the library, and opens it again when it is of no use any more.
     async fn keep(&self) {
         let grip = &self.config.grip;
         loop {
@@ -88,21 +89,24 @@ impl Watch {
             let ended = CancellationToken::new();
             grip.hold(true);
             // Cancel-safe: as above.
-            tokio::select! {
-                () = self.watch(&mut opened, &ended) => return,
-                () = grip.asked() => {}
-            }
+            let asked = tokio::select! {
+                () = self.watch(&mut opened, &ended) => false,
+                () = grip.asked() => true,
+            };
             ended.cancel();
             let until = self.clock.now().saturating_add(LET_GO_LIMIT);
             while opened.strong_count() > 0 && self.clock.now() < until {
                 self.clock.sleep(LET_GO_LOOK).await;
             }
             tracing::info!(released = opened.strong_count() == 0, "NVIDIA library let go");
-            grip.hold(false);
-            grip.restored().await;
+            if asked {
+                grip.hold(false);
+                grip.restored().await;
+            }
         }
     }
 
+    /// Watches until every call to the library has failed for a minute: then it is to be opened again.
     async fn watch(&self, opened: &mut Weak<Nvml>, ended: &CancellationToken) {
         let mut lane = Lane::new("nvml", self.clock.clone());
         let (library, targets) = self.open(&mut lane).await;
@@ -112,15 +116,16 @@ impl Watch {
         self.introduce(&targets).await;
         self.listen(&mut lane, &library, &targets, ended).await;
         let (first, mut firsts) = mpsc::channel(1);
+        let trouble = Arc::new(Trouble::of(targets.iter().map(|target| target.info.local.clone())));
         let mut loops = JoinSet::new();
         for target in targets {
             let bell = self.bells.of(&target.info.local);
             let (clock, facts, first) = (self.clock.clone(), self.facts.clone(), first.clone());
             let device = Arc::new(Gpu { library: Arc::clone(&library), target });
-            let board = self.board.clone();
+            let (board, trouble) = (self.board.clone(), Arc::clone(&trouble));
             let measurer = Measurer { clock: clock.clone(), board: board.clone(), device: Arc::clone(&device) };
             loops.spawn(measurer.run());
-            loops.spawn(Poller { clock, facts, device, bell, board }.run(first));
+            loops.spawn(Poller { clock, facts, device, bell, board, trouble }.run(first));
         }
         drop((first, library));
         let settled = async {
@@ -132,6 +137,9 @@ impl Watch {
         // None ends by itself; a panic in one must not go unnoticed.
         tokio::select! {
             () = settled => {}
+            () = trouble.lasts() => {
+                tracing::warn!("every call to NVIDIA's library fails: it is opened again, as after a driver reload");
+            }
             Some(ended) = loops.join_next() => {
                 if let Err(error) = ended
                     && let Ok(panic) = error.try_into_panic()
@@ -155,7 +163,7 @@ impl Watch {
             let why = match opened.await {
                 Ok(Ok((library, Ok(targets)))) => {
                     if told {
-                        self.tell_all(|| What::Library).await;
+                        self.facts.send(Seen::Fact(Fact::node(What::Library(Vendor::Nvidia))), None).await;
                     }
                     return (Arc::new(library), targets);
                 }
@@ -172,18 +180,11 @@ impl Watch {
                     let info = unspoken(*address);
                     self.facts.send(Seen::Fact(Fact::device(address.to_string(), What::Unspoken(info))), None).await;
                 }
-                self.tell_all(|| What::NoLibrary { why: why.clone() }).await;
+                let none = What::NoLibrary { vendor: Vendor::Nvidia, why };
+                self.facts.send(Seen::Fact(Fact::node(none)), None).await;
                 self.facts.send(Seen::Settled(NAME), None).await;
             }
             self.clock.sleep(REOPEN).await;
-        }
-    }
-
-    /// Tells the node and every device that the kernel lists.
-    async fn tell_all(&self, what: impl Fn() -> What) {
-        self.facts.send(Seen::Fact(Fact::node(what())), None).await;
-        for address in &self.config.kernel_lists {
-            self.facts.send(Seen::Fact(Fact::device(address.to_string(), what())), None).await;
         }
     }
 
@@ -200,6 +201,10 @@ impl Watch {
             let lost = What::BusLoss("listed by the kernel, not by NVML".to_owned());
             self.facts.send(Seen::Fact(Fact::device(local, lost)), None).await;
         }
+        let kernel = self.config.kernel_lists.iter().map(ToString::to_string);
+        let locals = targets.iter().map(|target| target.info.local.clone()).chain(kernel).collect();
+        let inventory = What::Inventory { vendor: Vendor::Nvidia, locals };
+        self.facts.send(Seen::Fact(Fact::node(inventory)), None).await;
         if let Some(expected) = self.config.expected {
             let count = What::Count { listed: targets.len(), expected };
             self.facts.send(Seen::Fact(Fact::node(count)), None).await;

@@ -14,7 +14,7 @@ use std::{
 use anyhow::{Context, ensure};
 use berth_agent::{
     Eyes,
-    health::{device::Settings, fact::Subject, ledger::Report, tail::Tail},
+    health::{device::Settings, fact::Subject, ledger::Report, log, tail::Tail},
     metrics::Metrics,
     observe,
     orders::Wanted,
@@ -156,7 +156,8 @@ async fn start_agent(
     stop: &CancellationToken,
 ) -> anyhow::Result<std::io::PipeWriter> {
     let node: NodeName = "bench".parse().context("the node's name")?;
-    let (log, end) = Tail::open(&folder.join("kmsg")).context("opening the kernel log")?;
+    let (ended, end) = std::io::pipe().context("a pipe")?;
+    let log = Tail::open(&folder.join("kmsg"), ended).context("opening the kernel log")?;
     let library = |vendor: Vendor| libraries.contains_key(&vendor).then(|| folder.join(lab::library(vendor)));
     let nvml = library(Vendor::Nvidia).map(|path| nvml::watch::WatchConfig {
         library: Some(path.into()),
@@ -170,7 +171,8 @@ async fn start_agent(
         expected: None,
     });
     let settings = Settings::default();
-    let eyes = Eyes { nvml, dcmi, log: Some(Box::new(log)), observer: Some(observer), probes: None, settings };
+    let log = Some(log::once(log));
+    let eyes = Eyes { nvml, dcmi, log, observer: Some(observer), settings, ..Eyes::default() };
     let metrics = Metrics::default();
     let observation = observe(eyes, clock, &metrics, stop, |_, task| {
         tokio::spawn(task);
