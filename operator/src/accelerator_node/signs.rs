@@ -34,7 +34,7 @@ pub fn condition(object: &AcceleratorNode, before: Option<&NodeCondition>, now: 
         status: status.to_owned(),
         reason: Some(reason),
         message: Some(message),
-        last_transition_time: since.or_else(|| Some(Time(now))),
+        last_transition_time: since.or(Some(Time(now))),
         last_heartbeat_time: None,
     }
 }
