@@ -212,7 +212,7 @@ fn top_sums_devices_nodes_and_models() {
 fn evened_out() -> ExpertPlacement {
     let mut object = placed(0);
     let decision = |seconds: i64, outcome: &str, cause: &str, revisions: [u64; 2], why: &str| {
-        let time = k8s_openapi::jiff::Timestamp::from_second(NOW - seconds).unwrap();
+        let time = jiff::Timestamp::from_second(NOW - seconds).unwrap();
         json!({"time": time.to_string(), "outcome": outcome, "cause": cause, "fromRevision": revisions[0],
             "revision": revisions[1], "why": why})
     };

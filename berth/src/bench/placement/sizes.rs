@@ -154,6 +154,13 @@ fn loads(seed: u64) -> Vec<u8> {
 /// Width and height of the drawing, and of its margin.
 const DRAWING: (f64, f64, f64) = (720.0, 420.0, 60.0);
 
+/// One line of the drawing: its points are slots in all and milliseconds.
+struct Line {
+    name: String,
+    colour: &'static str,
+    points: Vec<(usize, f64)>,
+}
+
 /// Milliseconds against slots of all devices, both in powers of ten: ours for like devices and for two speeds,
 /// the peers' where they were measured.
 fn curve(sizes: &[Size]) -> String {
@@ -163,7 +170,7 @@ fn curve(sizes: &[Size]) -> String {
         margin + (slots.log10() - 2.6) / (3.65 - 2.6) * (width - 2.0 * margin)
     };
     let y = |ms: f64| height - margin - (ms.max(1.0).log10() - 1.0) / (4.3 - 1.0) * (height - 2.0 * margin);
-    let mut lines: Vec<(String, &str, Vec<(usize, f64)>)> = Vec::new();
+    let mut lines: Vec<Line> = Vec::new();
     for (name, colour, speeds) in [("Berth", "#0a6", 1), ("Berth, two speeds", "#06a", 2)] {
         let mut points: Vec<(usize, f64)> = sizes
             .iter()
@@ -171,10 +178,10 @@ fn curve(sizes: &[Size]) -> String {
             .map(|size| (size.devices * size.slots, size.ms))
             .collect();
         points.sort_by_key(|(slots, _)| *slots);
-        lines.push((name.to_owned(), colour, points));
+        lines.push(Line { name: name.to_owned(), colour, points });
     }
     for ((name, ms, _), colour) in PEERS.iter().zip(["#a40", "#888", "#a08"]) {
-        lines.push(((*name).to_owned(), colour, vec![(448, ms[0]), (640, ms[1])]));
+        lines.push(Line { name: (*name).to_owned(), colour, points: vec![(448, ms[0]), (640, ms[1])] });
     }
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n<text x=\"{margin}\" y=\"24\">Milliseconds of a plan against slots in each of {LAYERS} layers, {EXPERTS} experts</text>\n"
@@ -192,7 +199,7 @@ fn curve(sizes: &[Size]) -> String {
             height - 36.0
         ));
     }
-    for (name, colour, points) in lines {
+    for Line { name, colour, points } in lines {
         let path: Vec<String> = points.iter().map(|(slots, ms)| format!("{:.1} {:.1}", x(*slots), y(*ms))).collect();
         svg.push_str(&format!(
             "<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>\n",
