@@ -178,7 +178,10 @@ async fn a_dry_run_says_what_it_would_do_and_does_nothing(world: &World) {
 
 async fn the_device_is_reset_and_comes_back(world: &World) {
     let order = world.until("the order", GPU, |node| fate(node, GPU)).await;
-    assert!(order.phase.is_final() || !world.assigned(GPU).await, "nothing is assigned to a device that is ordered to be reset");
+    assert!(
+        order.phase.is_final() || !world.assigned(GPU).await,
+        "nothing is assigned to a device that is ordered to be reset"
+    );
     assert_eq!((order.action, order.device.to_string()), (Action::ResetDevice, GPU.to_owned()));
     let done = world.until("the reset", GPU, |node| fate(node, GPU).filter(|one| one.phase.is_final())).await;
     assert_eq!((done.id, done.phase), (order.id, OrderPhase::Succeeded), "{}", done.message);
