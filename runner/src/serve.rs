@@ -106,6 +106,7 @@ impl Serve for Door {
             retried: experts.counts.retried,
             sequences: engine.sequences,
             gone: experts.gone.iter().map(ToString::to_string).collect(),
+            slow: experts.slow.iter().map(ToString::to_string).collect(),
             revision_since_unix_ms: i64_of(experts.revision_since_unix_ms),
             rerouted_unix_ms: i64_of(experts.rerouted_unix_ms),
             devices: served::to_wire(self.experts.served()),

@@ -96,6 +96,14 @@ impl Directory {
         self.gone.union(&self.lost).cloned().collect()
     }
 
+    /// Devices that are called only for experts that nobody else has, because they did not answer in time.
+    pub(crate) fn passed_over(&self, now: Duration) -> Vec<DeviceId> {
+        let mut devices: Vec<DeviceId> =
+            self.slow.iter().filter(|(_, slow)| now < slow.until).map(|(device, _)| device.clone()).collect();
+        devices.sort();
+        devices
+    }
+
     /// The revision that steps start on.
     pub(crate) fn routes(&self) -> Option<Arc<Routes>> {
         self.routes.clone()

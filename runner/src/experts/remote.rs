@@ -64,6 +64,8 @@ pub struct ExpertsStats {
     pub revision_since_unix_ms: u64,
     /// Devices that are not called.
     pub gone: Vec<DeviceId>,
+    /// Devices that are passed over for now, because they did not answer in time.
+    pub slow: Vec<DeviceId>,
 }
 
 /// The client. Clones share it.
@@ -161,6 +163,7 @@ impl Experts {
         let directory = lock(&self.shared.directory);
         stats.in_use = directory.in_use();
         stats.gone = directory.not_called();
+        stats.slow = directory.passed_over(self.shared.clock().now());
         let (revision, since) = *lock(&self.shared.ended_on);
         stats.revision_since_unix_ms = if revision == stats.in_use.current { since } else { 0 };
         stats.epoch = directory.routes().map_or(0, |routes| routes.epoch.0);

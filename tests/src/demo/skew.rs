@@ -28,7 +28,7 @@ const SAMPLE: u32 = 32;
 /// Entries (token, expert) of all devices after which a balance counts as measured.
 const ENOUGH: f64 = 8_000.0;
 /// Stretches of that many entries that are looked at.
-const STRETCHES: usize = 20;
+const STRETCHES: usize = 100;
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -129,12 +129,12 @@ async fn watch(client: &Client, runner: &Runner, opened: &DescribeResponse) -> R
     Ok(Seen { before, after: settled_balance(runner).await?, decision })
 }
 
-/// The balance of the revision in use, over a stretch without retries: a call that a busy machine lets wait is answered by
-/// another replica, which says nothing of the placement. Where every stretch has some, the one with the fewest counts.
+/// The balance of the revision in use, over a stretch without retries and slow devices: a worker that a busy machine lets
+/// wait is passed over for a while, which says nothing of the placement. Where none is so, the one with the fewest counts.
 async fn settled_balance(runner: &Runner) -> Result<f64> {
     let mut base = runner.describe().await?;
     let mut seen: Vec<(u64, f64)> = Vec::new();
-    while seen.len() < STRETCHES && seen.iter().all(|(retried, _)| *retried > 0) {
+    while seen.len() < STRETCHES && seen.iter().all(|(disturbed, _)| *disturbed > 0) {
         tokio::time::sleep(LOOK_EVERY).await;
         let now = runner.describe().await?;
         if now.revision != base.revision {
@@ -146,11 +146,12 @@ async fn settled_balance(runner: &Runner) -> Result<f64> {
         if total(&since(&base, &now)) >= ENOUGH
             && let Some(after) = balance(&base, &now)
         {
-            seen.push((now.retried.saturating_sub(base.retried), after));
+            let slow = u64::try_from(base.slow.len() + now.slow.len()).unwrap_or(u64::MAX);
+            seen.push((now.retried.saturating_sub(base.retried) + slow, after));
             base = now;
         }
     }
-    let fewest = seen.iter().min_by_key(|(retried, _)| *retried);
+    let fewest = seen.iter().min_by_key(|(disturbed, _)| *disturbed);
     fewest
         .map(|(_, after)| *after)
         .ok_or_else(|| Error::Runner { doing: "measure the balance".into(), why: "nothing was answered".into() })
