@@ -17,6 +17,8 @@ use crate::{ControlPlane, Error, Result, control_plane::ControlPlaneConfig};
 
 /// A phase has settled within this, or has not.
 const SETTLE_LIMIT: Duration = Duration::from_secs(180);
+/// Longer than an agent's pause between two writes and the room in which it gathers news.
+const QUIET: Duration = Duration::from_secs(3);
 /// Between two looks at all objects.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The audit log is written behind the calls.
@@ -165,7 +167,7 @@ impl Bench {
         let before = (self.sample("kube-apiserver")?, self.sample("etcd")?);
         cause(self).await?;
         self.settle(name, wanted).await?;
-        tokio::time::sleep(LOG_LAG).await;
+        self.quieten(name, began).await?;
         let log = audit::calls(&self.plane.audit_log(), USER, began)?;
         let span = |from: Timestamp, to: Timestamp| Duration::try_from(to.duration_since(from)).unwrap_or_default();
         let seconds = span(began, Timestamp::now()).as_secs_f64();
@@ -205,6 +207,22 @@ impl Bench {
         let late =
             || Error::Wait { what: name.to_owned(), waited: SETTLE_LIMIT, state: "not all objects are true".into() };
         tokio::time::timeout(SETTLE_LIMIT, look).await.map_err(|_| late())?
+    }
+
+    /// Waits until nothing was written for so long that no agent has a second word left, which belongs to this phase too.
+    async fn quieten(&self, name: &str, began: Timestamp) -> Result<()> {
+        let look = async {
+            loop {
+                tokio::time::sleep(LOG_LAG).await;
+                let log = audit::calls(&self.plane.audit_log(), USER, began)?;
+                let last = log.iter().filter(|call| call.writes()).map(|call| call.at).max().unwrap_or(began);
+                if Duration::try_from(Timestamp::now().duration_since(last)).unwrap_or_default() >= QUIET {
+                    return Ok(());
+                }
+            }
+        };
+        let late = |_| Error::Wait { what: name.to_owned(), waited: SETTLE_LIMIT, state: "still written to".into() };
+        tokio::time::timeout(SETTLE_LIMIT, look).await.map_err(late)?
     }
 
     async fn start_all(&mut self) -> Result<()> {
