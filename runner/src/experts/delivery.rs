@@ -5,7 +5,14 @@
 //! When nobody usable has an expert, it waits for new routes or for a worker to come back; only waiting longer than the
 //! deadline is an error. Calls are idempotent, so an answer too many is harmless.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use berth_types::{DeviceId, ExpertId, LayerId};
 use futures::{
@@ -80,6 +87,8 @@ pub(crate) struct Delivery {
     pub(crate) hidden: usize,
     /// [T × hidden].
     pub(crate) rows: Vec<f32>,
+    /// Whether a worker was lost or broke off, whoever answered its entries in the end.
+    pub(crate) lost: AtomicBool,
 }
 
 impl Delivery {
@@ -87,6 +96,9 @@ impl Delivery {
     /// the same replicas give the same bits.
     pub(crate) async fn answer(self: Arc<Self>, entries: Vec<Entry>) -> Result<Vec<f32>, ExpertsError> {
         let mut partials = self.serve(entries, Tried::default()).await?;
+        if self.lost.load(Ordering::Relaxed) {
+            self.shared.rerouted();
+        }
         partials.sort_by(|a, b| a.device.cmp(&b.device));
         let mut out = vec![0.0; self.rows.len()];
         for partial in &partials {
@@ -190,17 +202,16 @@ impl Delivery {
             Err(refusal) => refusal,
         };
         self.refused(device, &refusal)?;
-        let answered = self.serve(entries, tried.after(device, &refusal)).await?;
-        if matches!(refusal.kind, Kind::Lost | Kind::Broken) {
-            self.shared.rerouted();
-        }
-        Ok(answered)
+        self.serve(entries, tried.after(device, &refusal)).await
     }
 
     /// Remembers a refusal.
     fn refused(&self, device: &DeviceId, refusal: &Refusal) -> Result<(), ExpertsError> {
         self.step.refused();
         self.shared.refused(device, refusal);
+        if matches!(refusal.kind, Kind::Lost | Kind::Broken) {
+            self.lost.store(true, Ordering::Relaxed);
+        }
         if refusal.kind == Kind::Invalid {
             let (device, detail) = (device.to_string(), refusal.detail.clone());
             return Err(ExpertsError::Invalid { layer: self.layer, device, detail });

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -235,6 +235,7 @@ impl StepCalls for RemoteStep {
             layer: call.layer,
             hidden: call.hidden,
             rows: call.rows.to_vec(),
+            lost: AtomicBool::new(false),
         });
         let (give, pending) = Pending::channel();
         let task = self.runtime.spawn(async move {

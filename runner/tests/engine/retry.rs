@@ -206,6 +206,35 @@ fn a_killed_worker_changes_no_token() {
 }
 
 #[test]
+fn a_worker_that_breaks_while_another_is_asked_for_it_counts_as_rerouted() {
+    let (mut crew, engine) = pair();
+    let mut victim = crew.workers.remove(0);
+    let (experts, other) = (crew.experts.clone(), &crew.workers[0]);
+    let outcome = std::thread::scope(|scope| {
+        generate_and(&engine, 5, || {
+            victim.set(Mode::Hang);
+            other.set(Mode::Hang);
+            scope.spawn(move || {
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while experts.stats().counts.retried == 0 {
+                    assert!(Instant::now() < deadline, "nobody else was asked");
+                    std::thread::yield_now();
+                }
+                victim.kill();
+                while experts.stats().counts.refused == 0 {
+                    assert!(Instant::now() < deadline, "the broken call was not noticed");
+                    std::thread::yield_now();
+                }
+                other.set(Mode::Serve);
+            });
+        })
+    });
+    assert_expected(&outcome);
+    let stats = crew.experts.stats();
+    assert!(stats.rerouted_unix_ms >= stats.first_refused_unix_ms && stats.first_refused_unix_ms > 0);
+}
+
+#[test]
 fn a_worker_that_hangs_is_passed_over_after_its_patience() {
     let (crew, engine) = pair();
     let began = Instant::now();
