@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use berth_crds::{AcceleratorNode, ExpertPlacement, PlacementMap, expert_placement::PlanCertificate};
 use berth_planner::Layout;
 use berth_scheduler::index::from_map;
-use berth_types::{Bytes, DeviceId, ExpertId, LayerId, Revision, Vendor};
+use berth_types::{Bytes, DeviceId, ExpertId, LayerId, Revision};
 use clap::Args;
 use kube::ResourceExt;
 use serde::Serialize;
@@ -145,9 +145,8 @@ impl Shown<'_> {
     /// Bytes of one replica on a device; one that no node reports counts in the checkpoint's format.
     pub(crate) fn expert_bytes(&self, device: &DeviceId) -> Bytes {
         let spec = &self.placement.spec;
-        let vendor: Option<Vendor> = self.devices.get(device).map(|known| known.vendor);
-        let format = vendor.and_then(|vendor| spec.vendor_formats.get(&vendor)).copied();
-        spec.geometry.expert_bytes(format.unwrap_or(spec.geometry.format))
+        let vendor = self.devices.get(device).map(|known| known.vendor);
+        spec.geometry.expert_bytes(spec.geometry.format_on(&spec.vendor_formats, vendor))
     }
 
     /// `count` replicas on a device, bytes.

@@ -83,7 +83,8 @@ pub fn devices_needed(
         .filter(|device| choice.vendors.is_empty() || choice.vendors.contains(&device.vendor))
         .filter(|device| choice.products.is_empty() || choice.products.contains(&device.product))
         .collect();
-    let (allowed, unable): (Vec<_>, Vec<_>) = allowed.into_iter().partition(|device| is_computed_on(profile, device));
+    let (allowed, unable): (Vec<_>, Vec<_>) =
+        allowed.into_iter().partition(|device| format(profile, device.vendor).is_in(&device.computes));
     if allowed.is_empty() && unable.is_empty() {
         let message = format!(
             "no allowed device of {} schedulable ones: label nodes berth.dev/mode=native, or allow other vendors or products in spec.devices",
@@ -112,17 +113,12 @@ pub fn devices_needed(
 
 /// How devices of `vendor` hold experts of `profile`.
 fn format(profile: &ModelProfileSpec, vendor: Vendor) -> WeightFormat {
-    profile.vendor_formats.get(&vendor).copied().unwrap_or(profile.geometry.format)
-}
-
-fn is_computed_on(profile: &ModelProfileSpec, device: &FleetDevice) -> bool {
-    device.computes.is_empty() || device.computes.contains(&format(profile, device.vendor))
+    profile.geometry.format_on(&profile.vendor_formats, vendor)
 }
 
 /// Adds the devices that were left out for their format: what helps may be a word in the profile.
 fn naming_formats(profile: &ModelProfileSpec, short: Shortage, unable: &[&FleetDevice]) -> Shortage {
     let Some(first) = unable.first() else { return short };
-    let words: Vec<_> = first.computes.iter().map(|format| format.as_str()).collect();
     let message = format!(
         "{}; {} more ({}) do not compute with {}: set vendorFormats.{} of the ModelProfile to one of {}",
         short.message,
@@ -130,7 +126,7 @@ fn naming_formats(profile: &ModelProfileSpec, short: Shortage, unable: &[&FleetD
         first.product,
         format(profile, first.vendor),
         first.vendor,
-        words.join(", ")
+        WeightFormat::words(&first.computes)
     );
     Shortage { message }
 }

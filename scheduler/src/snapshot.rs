@@ -230,5 +230,5 @@ pub fn expert_bytes(
     formats: &BTreeMap<Vendor, berth_types::WeightFormat>,
     vendor: Vendor,
 ) -> Bytes {
-    geometry.expert_bytes(formats.get(&vendor).copied().unwrap_or(geometry.format))
+    geometry.expert_bytes(geometry.format_on(formats, vendor))
 }

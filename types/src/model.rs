@@ -1,13 +1,16 @@
 //! Model geometry: what placement and memory need to know about a mixture-of-experts model. Read from a
 //! published `config.json` or from a ModelProfile; holds no weights.
 
-use std::{fmt, str::FromStr};
+use std::{collections::BTreeMap, fmt, str::FromStr};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{ids::LayerId, units::Bytes};
+use crate::{
+    ids::{LayerId, Vendor},
+    units::Bytes,
+};
 
 /// How a router turns logits into scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -73,6 +76,18 @@ impl WeightFormat {
         }
     }
 
+    /// Whether kernels that compute with `computes` take this format; an empty list says nothing, so it bars nothing.
+    #[must_use]
+    pub fn is_in(self, computes: &[Self]) -> bool {
+        computes.is_empty() || computes.contains(&self)
+    }
+
+    /// The words of `formats`, joined by a comma, for sentences.
+    #[must_use]
+    pub fn words(formats: &[Self]) -> String {
+        formats.iter().map(|format| format.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
     /// Bytes of a `rows × cols` matrix, scales included.
     #[must_use]
     pub fn matrix_bytes(self, rows: u64, cols: u64) -> Bytes {
@@ -102,10 +117,11 @@ impl FromStr for WeightFormat {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Self::ALL.iter().copied().find(|format| format.as_str() == text).ok_or_else(|| {
-            let known: Vec<_> = Self::ALL.iter().map(|format| format.as_str()).collect();
-            format!("{text:?} is not a weight format: write one of {}", known.join(", "))
-        })
+        Self::ALL
+            .iter()
+            .copied()
+            .find(|format| format.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is not a weight format: write one of {}", Self::words(Self::ALL)))
     }
 }
 
@@ -189,6 +205,17 @@ impl Geometry {
     /// The layers that have routed experts, in order.
     pub fn expert_layer_ids(&self) -> impl Iterator<Item = LayerId> + use<> {
         (self.dense_layers..self.layers).map(LayerId)
+    }
+
+    /// How devices of `vendor` hold experts: as `formats` says, else as the checkpoint stores them. A device whose vendor is
+    /// not known counts as the latter.
+    #[must_use]
+    pub fn format_on(
+        &self,
+        formats: &BTreeMap<Vendor, WeightFormat>,
+        vendor: impl Into<Option<Vendor>>,
+    ) -> WeightFormat {
+        vendor.into().and_then(|vendor| formats.get(&vendor)).copied().unwrap_or(self.format)
     }
 
     /// Bytes of one routed expert (gate, up and down) stored in `format`.

@@ -177,7 +177,7 @@ impl Instance {
     /// How devices of `vendor` hold experts.
     #[must_use]
     pub fn format(&self, vendor: Vendor) -> WeightFormat {
-        self.formats.get(&vendor).copied().unwrap_or(self.geometry.format)
+        self.geometry.format_on(&self.formats, vendor)
     }
 
     /// Bytes of one expert on devices of `vendor`.
@@ -196,7 +196,7 @@ impl Instance {
     /// Whether `device` computes with experts as it would hold them.
     #[must_use]
     pub fn is_computed_on(&self, device: &Device) -> bool {
-        device.computes.is_empty() || device.computes.contains(&self.format(device.vendor))
+        self.format(device.vendor).is_in(&device.computes)
     }
 
     /// Memory of `device` when the instance spans `devices` devices.

@@ -8,7 +8,7 @@ mod slots;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use berth_types::{Bytes, DeviceId, Vendor};
+use berth_types::{Bytes, DeviceId, Vendor, WeightFormat};
 
 use crate::{
     plan::Layout,
@@ -46,13 +46,12 @@ fn naming_formats(problem: &Problem, cause: Infeasible) -> Infeasible {
         device.standing == Standing::Open && instance.allows(device) && !instance.is_computed_on(device)
     });
     let Some(first) = unable.next() else { return cause };
-    let words: Vec<_> = first.computes.iter().map(|format| format.as_str()).collect();
     Infeasible::Format {
         cause: Box::new(cause),
         devices: unable.count() + 1,
         format: instance.format(first.vendor),
         vendor: first.vendor,
-        computes: words.join(", "),
+        computes: WeightFormat::words(&first.computes),
     }
 }
 
