@@ -59,7 +59,7 @@ impl World {
         identity.auth_info =
             kube::config::AuthInfo { token: Some(token.trim().to_owned().into()), ..Default::default() };
         let stop = CancellationToken::new();
-        let config = config();
+        let config = config(Budget { cluster: 4, pool: 2, domain: 1 });
         let own = Client::try_from(identity).unwrap();
         let asked = stop.clone();
         let operator = tokio::spawn(async move {
@@ -211,7 +211,8 @@ impl World {
     }
 }
 
-fn config() -> Config {
+/// An operator of this control plane that advises within `budget` and resets nothing.
+pub(crate) fn config(budget: Budget) -> Config {
     Config {
         part: PartConfig {
             name: "operator",
@@ -238,7 +239,7 @@ fn config() -> Config {
         remediation: Settings {
             policy: Policy {
                 mode: Mode::Advise,
-                budget: Budget { cluster: 4, pool: 2, domain: 1 },
+                budget,
                 empty_limit: 60,
                 order_limit: 60,
                 validate_limit: 60,

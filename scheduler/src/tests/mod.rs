@@ -25,8 +25,7 @@ async fn a_lost_device_is_told_to_runners_replaced_and_freed() {
     rig.apply(&placement(4)).await;
     let mut runner = rig.runner("models/v3-0").await;
 
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    rig::obey_both(&mut one, &mut two, &[1]).await;
     let routes = runner.routes_of(1).await;
     assert_eq!((routes.devices.len(), routes.epoch), (4, 7));
     assert!(rig::covers(&routes, 16), "every expert has a replica");
@@ -34,14 +33,12 @@ async fn a_lost_device_is_told_to_runners_replaced_and_freed() {
 
     let lost = one.lose(0).await;
     assert_eq!(runner.gone().await, std::slice::from_ref(&lost), "runners are told before the repair is planned");
-    one.obey_until(|desired| desired.revisions() == [1, 2]).await;
-    two.obey_until(|desired| desired.revisions() == [1, 2]).await;
+    rig::obey_both(&mut one, &mut two, &[1, 2]).await;
     let routes = runner.routes_of(2).await;
     assert!(routes.devices.iter().all(|device| device.device != lost) && rig::covers(&routes, 16));
 
     runner.use_revision(2, 2).await;
-    one.obey_until(|desired| desired.revisions() == [2]).await;
-    two.obey_until(|desired| desired.revisions() == [2]).await;
+    rig::obey_both(&mut one, &mut two, &[2]).await;
     let status = rig.status_where(|status| status.serving_revision == 2 && status.draining_revision == 0).await;
     assert_eq!(status.assignment.as_ref().map(|assigned| (assigned.epoch, assigned.revision)), Some((7, 2)));
     assert!(rig::is_true(&status, "Ready") && status.experts_lost == 0, "{status:?}");
@@ -52,11 +49,7 @@ async fn a_lost_device_is_told_to_runners_replaced_and_freed() {
 #[tokio::test]
 async fn a_deposed_leader_stores_nothing_more() {
     let rig = Rig::start(3).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let (mut one, _two) = rig.two_nodes(&placement(4)).await;
     rig.status_where(|status| status.serving_revision == 1).await;
     rig.depose();
     let writes = rig.writes();
@@ -75,22 +68,17 @@ async fn a_placement_that_does_not_fit_says_what_is_missing_and_heals() {
     let status = rig.status_where(|status| rig::message(status, "Placed").contains("missing")).await;
     assert!(rig::message(&status, "Placed").contains("4 devices are wanted and 2 are usable"), "{status:?}");
     let mut two = rig.agent("node-2", 2).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    rig::obey_both(&mut one, &mut two, &[1]).await;
     rig.status_where(|status| rig::is_true(status, "Ready")).await;
 }
 
 #[tokio::test]
 async fn extra_replicas_that_find_no_room_are_said() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
     let mut object = placement(4);
     // 16 experts, two copies of each, and every device holds all of them: 64 replicas and no more.
     object.spec.redundancy.extra_replicas = 100;
-    rig.apply(&object).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let (_one, _two) = rig.two_nodes(&object).await;
     let status = rig.status_where(|status| rig::is_true(status, "Ready")).await;
     let placed = rig::message(&status, "Placed");
     assert!(placed.contains("32 of 100 extra replicas"), "{placed}");
@@ -99,14 +87,9 @@ async fn extra_replicas_that_find_no_room_are_said() {
 #[tokio::test]
 async fn a_deleted_placement_leaves_no_shelf() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let (mut one, mut two) = rig.two_nodes(&placement(4)).await;
     rig.delete("models/v3-0").await;
-    one.obey_until(|desired| desired.revisions().is_empty()).await;
-    two.obey_until(|desired| desired.revisions().is_empty()).await;
+    rig::obey_both(&mut one, &mut two, &[]).await;
 }
 
 #[tokio::test]
@@ -119,21 +102,13 @@ async fn nonsense_ends_the_stream_and_nobody_else_notices() {
     };
     bad.say(v1::agent_message::Message::Health(report)).await;
     bad.ends().await;
-    let mut good = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    good.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let _good = rig.two_nodes(&placement(4)).await;
 }
 
 #[tokio::test]
 async fn a_new_leader_goes_on_with_what_is_stored() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let (_one, _two) = rig.two_nodes(&placement(4)).await;
     let status = rig.status_where(|status| status.serving_revision == 1).await;
 
     let next = rig.succeed(2).await;
@@ -143,8 +118,7 @@ async fn a_new_leader_goes_on_with_what_is_stored() {
     let mut runner = next.runner("models/v3-0").await;
     let mut one = next.agent("node-1", 2).await;
     let mut two = next.agent("node-2", 2).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    rig::obey_both(&mut one, &mut two, &[1]).await;
     assert_eq!(runner.routes_of(1).await.epoch, 2);
     let claimed =
         next.status_where(|status| status.assignment.as_ref().is_some_and(|assigned| assigned.epoch == 2)).await;
@@ -155,14 +129,7 @@ async fn a_new_leader_goes_on_with_what_is_stored() {
 #[tokio::test]
 async fn a_skewed_load_moves_what_pays_and_the_status_says_why() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
-    let mut runner = rig.runner("models/v3-0").await;
-    let routes = runner.routes_of(1).await;
-    runner.use_revision(1, 1).await;
+    let (mut one, mut two, mut runner, routes) = rig.served(&placement(4)).await;
 
     // All that one device holds is asked for, and hardly anything else.
     let hot = &routes.devices[0].layers[0].experts;
@@ -170,8 +137,7 @@ async fn a_skewed_load_moves_what_pays_and_the_status_says_why() {
     runner.load(1, &skewed, &routes).await;
     let before = rig.status_where(|status| status.balancedness.is_some()).await;
     let measured = before.balancedness.unwrap();
-    one.obey_until(|desired| desired.revisions() == [1, 2]).await;
-    two.obey_until(|desired| desired.revisions() == [1, 2]).await;
+    rig::obey_both(&mut one, &mut two, &[1, 2]).await;
     let routes = runner.routes_of(2).await;
     runner.use_revision(2, 2).await;
     runner.load(2, &skewed, &routes).await;
@@ -193,14 +159,7 @@ async fn a_skewed_load_moves_what_pays_and_the_status_says_why() {
 #[tokio::test]
 async fn an_even_load_and_a_thin_window_move_nothing() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
-    let mut runner = rig.runner("models/v3-0").await;
-    let routes = runner.routes_of(1).await;
-    runner.use_revision(1, 1).await;
+    let (_one, _two, mut runner, routes) = rig.served(&placement(4)).await;
     // Skewed, but too few tokens to know.
     let mut thin = vec![1; 16];
     thin[0] = 200;
@@ -211,7 +170,7 @@ async fn an_even_load_and_a_thin_window_move_nothing() {
     assert_eq!(status.decisions[0].outcome, DecisionOutcome::Kept);
     let why = &status.decisions[0].why;
     // The thin window has its small part in what is expected.
-    assert!(why.starts_with("kept r1: balance ") && why.contains("nothing moves"), "{why}");
+    assert!(why.starts_with("kept r1: balance 0.98; nothing moves"), "{why}");
     assert_eq!(status.decisions[1].cause, "first");
     rig.wait_for("the look to be counted", |metrics| metrics.contains("berth_scheduler_balance_kept_total 1")).await;
     assert_eq!(rig.store.revisions(&"models/v3-0".parse().unwrap()), [1]);
@@ -220,14 +179,7 @@ async fn an_even_load_and_a_thin_window_move_nothing() {
 #[tokio::test]
 async fn a_plan_for_balance_is_passed_by_a_repair_and_dropped() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&large(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
-    let mut runner = rig.runner("models/v3-0").await;
-    let routes = runner.routes_of(1).await;
-    runner.use_revision(1, 1).await;
+    let (mut one, _two, mut runner, routes) = rig.served(&large(4)).await;
     runner.skew(1, &routes).await;
     // The plan for balance is being made, or is made: the loss is heard all the same, and what was planned for the world
     // before it never becomes a revision that names the device.
@@ -246,11 +198,7 @@ async fn a_plan_for_balance_is_passed_by_a_repair_and_dropped() {
 #[tokio::test]
 async fn a_runner_that_divides_by_weights_gets_them_and_another_does_not() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
-    rig.apply(&placement(4)).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let (mut one, mut two) = rig.two_nodes(&placement(4)).await;
     let mut runner = rig.runner_with("models/v3-0", &[berth_proto::FEATURE_WEIGHTS]).await;
     let routes = runner.routes_of(1).await;
     assert!(routes.devices.iter().all(|device| device.weights.is_empty()), "nobody weighed when it was planned");
@@ -259,8 +207,7 @@ async fn a_runner_that_divides_by_weights_gets_them_and_another_does_not() {
     let mut skewed = vec![20; 16];
     skewed[..7].copy_from_slice(&[9000, 5000, 3100, 2300, 1700, 900, 700]);
     runner.load(1, &skewed, &routes).await;
-    one.obey_until(|desired| desired.revisions() == [1, 2]).await;
-    two.obey_until(|desired| desired.revisions() == [1, 2]).await;
+    rig::obey_both(&mut one, &mut two, &[1, 2]).await;
     let routes = runner.routes_of(2).await;
     let hot = |device: &v1::RouteDevice| {
         let slots = device.layers[0].experts.iter().zip(&device.weights[0].weights);
@@ -279,15 +226,11 @@ async fn a_runner_that_divides_by_weights_gets_them_and_another_does_not() {
 #[tokio::test]
 async fn a_new_instance_starts_from_what_its_profile_knows_of_the_load() {
     let rig = Rig::start(1).await;
-    let mut one = rig.agent("node-1", 2).await;
-    let mut two = rig.agent("node-2", 2).await;
     let mut object = placement(4);
     object.spec.redundancy.extra_replicas = 4;
     let shares = (0..16).map(|expert| if expert == 5 { 900 } else { 10 }).collect::<Vec<u16>>();
     object.spec.expert_loads = (1..4).map(|layer| LayerShares { layer, shares: shares.clone() }).collect();
-    rig.apply(&object).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    let (_one, _two) = rig.two_nodes(&object).await;
     let routes = rig.runner("models/v3-0").await.routes_of(1).await;
     let holds = |device: &v1::RouteDevice| device.layers[0].experts.contains(&5);
     assert!(routes.devices.iter().all(holds), "the hot expert has a copy on every device: {routes:?}");
@@ -311,8 +254,7 @@ async fn a_faster_product_gets_more_of_the_load() {
     object.spec.speeds = vec![speed("h200", 300.0), speed("slow", 100.0)];
     object.spec.redundancy.survive = Survive::None;
     rig.apply(&object).await;
-    one.obey_until(|desired| desired.revisions() == [1]).await;
-    two.obey_until(|desired| desired.revisions() == [1]).await;
+    rig::obey_both(&mut one, &mut two, &[1]).await;
     let routes = rig.runner("models/v3-0").await.routes_of(1).await;
     let held = |node: &str| -> usize {
         let own = routes.devices.iter().filter(|device| device.device.starts_with(node));

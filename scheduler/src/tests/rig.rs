@@ -188,6 +188,24 @@ impl Rig {
         agent
     }
 
+    /// Two nodes of two devices, `node-1` and `node-2`, with revision 1 of `object` on them.
+    pub(super) async fn two_nodes(&self, object: &ExpertPlacement) -> (Agent, Agent) {
+        let mut one = self.agent("node-1", 2).await;
+        let mut two = self.agent("node-2", 2).await;
+        self.apply(object).await;
+        obey_both(&mut one, &mut two, &[1]).await;
+        (one, two)
+    }
+
+    /// The same and a runner that uses revision 1, with its routes.
+    pub(super) async fn served(&self, object: &ExpertPlacement) -> (Agent, Agent, Runner, v1::Routes) {
+        let (one, two) = self.two_nodes(object).await;
+        let mut runner = self.runner("models/v3-0").await;
+        let routes = runner.routes_of(1).await;
+        runner.use_revision(1, 1).await;
+        (one, two, runner, routes)
+    }
+
     pub(super) async fn runner(&self, placement: &str) -> Runner {
         self.runner_with(placement, &[]).await
     }
@@ -383,6 +401,12 @@ impl Runner {
         let in_use = v1::runner_message::Message::InUse(v1::RevisionsInUse { oldest, current });
         self.say.send(v1::RunnerMessage { message: Some(in_use) }).await.unwrap();
     }
+}
+
+/// Both obey until each is ordered `revisions` and no others.
+pub(super) async fn obey_both(one: &mut Agent, two: &mut Agent, revisions: &[u64]) {
+    one.obey_until(|desired| desired.revisions() == revisions).await;
+    two.obey_until(|desired| desired.revisions() == revisions).await;
 }
 
 /// Whether every expert of every layer is on some device.

@@ -1,20 +1,10 @@
 //! DeviceTaintRules, on an API server that serves them (in 1.36 behind a gate): a barred device gets one for each name
 //! that a DRA driver gave it, and it goes when the device is back.
 
-use std::{collections::BTreeMap, time::Duration};
-
 use berth_crds::AcceleratorNode;
-use berth_operator::{
-    Config, Roots, RunnerConfig,
-    accelerator_node::{
-        book::Budget,
-        remediate::{Mode, Policy},
-        remediation::Settings,
-    },
-};
-use berth_runtime::{Clock, PartConfig, election::Timing, lease::LeaseConfig};
+use berth_operator::accelerator_node::book::Budget;
+use berth_runtime::Clock;
 use berth_tests::control_plane::{ControlPlane, ControlPlaneConfig};
-use berth_types::Epoch;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
@@ -22,47 +12,9 @@ use kube::{
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::{cluster::eventually, crd_rules};
+use crate::{cluster::eventually, crd_rules, operator::config};
 
 const DEVICE: &str = "gpu-07/0000:3b:00.0";
-
-fn config() -> Config {
-    let budget = Budget { cluster: 1, pool: 1, domain: 1 };
-    let policy = Policy {
-        mode: Mode::Advise,
-        budget,
-        empty_limit: 60,
-        order_limit: 60,
-        validate_limit: 60,
-        reboot: false,
-        paused: false,
-    };
-    Config {
-        part: PartConfig {
-            name: "operator",
-            admin_listen: "127.0.0.1:0".parse().unwrap(),
-            drain_limit: Duration::from_secs(20),
-        },
-        lease: LeaseConfig {
-            namespace: "default".to_owned(),
-            name: "berth-operator".to_owned(),
-            identity: "operator@127.0.0.1:1".to_owned(),
-            timing: Timing::default(),
-            floor: Epoch(0),
-        },
-        runner: RunnerConfig {
-            image: "berth".to_owned(),
-            image_pull_policy: "IfNotPresent".to_owned(),
-            service_account: String::new(),
-            scheduler_lease: "berth/berth-scheduler".to_owned(),
-            otlp_endpoint: String::new(),
-            roots: Roots(Vec::new()),
-            claims: BTreeMap::new(),
-        },
-        instance: Some("operator".to_owned()),
-        remediation: Settings { policy, others: Vec::new(), signs: true, namespace: "default".to_owned() },
-    }
-}
 
 async fn says(client: &Client, admission: &str) {
     let health = if admission == "Barred" { "Unhealthy" } else { "Healthy" };
@@ -100,7 +52,12 @@ async fn a_barred_device_is_tainted_where_kubernetes_knows_devices() {
     plane.kubectl_with_input(&["apply", "-f", "-"], &objects.to_string()).await.unwrap();
     says(&client, "Barred").await;
     let stop = CancellationToken::new();
-    let operator = tokio::spawn(berth_operator::run(config(), client.clone(), Clock::real(), stop.clone()));
+    let operator = tokio::spawn(berth_operator::run(
+        config(Budget { cluster: 1, pool: 1, domain: 1 }),
+        client.clone(),
+        Clock::real(),
+        stop.clone(),
+    ));
 
     let rule = eventually("a rule", || async { rules(&plane).await.first().cloned() }).await;
     let selector = json!({"driver": "gpu.nvidia.com", "pool": "gpu-07", "device": "gpu-0"});
