@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod node;
 pub mod node_status;
 pub mod orders;
+mod organs;
 pub mod probe;
 pub mod published;
 pub mod releases;
@@ -34,27 +35,25 @@ use std::{
     time::Duration,
 };
 
-use berth_runtime::{Clock, Part, PartConfig, PartError, Tasks, admin::Admin};
+use berth_runtime::{Clock, Part, PartConfig, PartError, admin::Admin};
 use berth_types::NodeName;
 use futures::future::BoxFuture;
 use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use executor::{Executor, Told, Tools};
+use executor::Tools;
 use health::{device::Settings, fact::Local, incidents::Incidents, kmsg::KernelLog, ledger::Report, log, tail::Tail};
 use host::Host;
 use metrics::Metrics;
 use node::{Keeper, Keeping, Snapshot};
-use node_status::{NodeStatus, OrderBook};
-use orders::{Desired, Wanted};
-use probe::{Idle, Prober};
+use organs::{Means, Organs, Probing, Speech};
+use probe::Prober;
 use published::Publisher;
-use report::{Leader, Reporter};
 use state_file::{Here, Resumed};
 use vendor::{Bells, Facts, dcmi, grip::Grip, nvml};
 use vitals::{Board, Holder};
-use workers::{View, WorkerConfig, Workers};
+use workers::WorkerConfig;
 
 /// Facts on their way to the ledger.
 const FACT_ROOM: usize = 256;
@@ -62,8 +61,6 @@ const FACT_ROOM: usize = 256;
 const PROBE_ROOM: usize = 64;
 /// How long workers may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(20);
-/// A task without a turn for so long makes the process not live.
-const ALIVE_WITHIN: Duration = Duration::from_secs(60);
 
 /// What an agent is told.
 #[derive(Clone, Debug)]
@@ -221,23 +218,7 @@ pub fn observe(
 /// # Errors
 /// [`AgentError`].
 pub async fn run(config: Config, client: Client, clock: Clock, stop: CancellationToken) -> Result<(), AgentError> {
-    let Config {
-        node,
-        admin_listen,
-        scheduler_lease,
-        kernel_log,
-        nvml_library,
-        dcmi_library,
-        lingqu_library,
-        pci_devices,
-        nvidia_smi,
-        reboot,
-        worker,
-        health,
-        compatible,
-        idle_probe,
-        state,
-    } = config;
+    let node = config.node;
     let host = Host::read().map_err(AgentError::Host)?;
     let uptime_ms = host::uptime_ms().map_err(AgentError::Host)?;
     let here = Here {
@@ -246,64 +227,74 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         uptime: Duration::from_millis(uptime_ms),
         unix: clock.unix(),
     };
-    let resumed = state.as_deref().map(|folder| state_file::open(folder, &here, health)).unwrap_or_default();
+    let resumed =
+        config.state.as_deref().map(|folder| state_file::open(folder, &here, config.health)).unwrap_or_default();
     // Times of an agent before this one lie in this one's past.
     let clock = clock.ahead(resumed.base);
     let began = clock.now();
-    let part = PartConfig { name: "agent", admin_listen, drain_limit: DRAIN_LIMIT };
+    let part = PartConfig { name: "agent", admin_listen: config.admin_listen, drain_limit: DRAIN_LIMIT };
     let part = Part::start(part, clock.clone(), stop).await?;
     let metrics = Metrics::register(&part.metrics);
-    compatible.serve(&part.admin, &metrics.board, &node);
+    config.compatible.serve(&part.admin, &metrics.board, &node);
     tracing::info!(%node, boot = host.boot_id, memory = host.memory_bytes, processors = host.processors, "host");
-    // Read once: a label that comes later needs no restart to be harmless.
-    let expected = node_status::read_node(&client, &clock, &node).await;
-    let expected = expected.map(|node| node_status::expected_devices(&node)).unwrap_or_else(|error| {
-        tracing::warn!(%error, "the Node cannot be read: the number of devices is not checked");
-        node_status::Expected::default()
-    });
-    let tools = Tools { nvidia_smi, dcmi_library: dcmi_library.clone(), reboot };
+    let expected = expected_devices(&client, &clock, &node).await;
+    let dcmi_library = config.dcmi_library;
+    let tools = Tools { nvidia_smi: config.nvidia_smi, dcmi_library: dcmi_library.clone(), reboot: config.reboot };
     let grip = Grip::default();
-    let libraries = Libraries { nvml: nvml_library, dcmi: dcmi_library, lingqu: lingqu_library, grip: grip.clone() };
-    let (nvml, dcmi) = libraries.vendors(&pci_devices, &expected);
-    let (log, _log_stop) = open_log(kernel_log).map_err(AgentError::Host)?;
+    let (nvml, lingqu) = (config.nvml_library, config.lingqu_library);
+    let libraries = Libraries { nvml, dcmi: dcmi_library, lingqu, grip: grip.clone() };
+    let (nvml, dcmi) = libraries.vendors(&config.pci_devices, &expected);
+    let (log, _log_stop) = open_log(config.kernel_log).map_err(AgentError::Host)?;
     // Workers end first; what tells of it stays until they have.
     let organs = Organs { tasks: part.tasks.clone(), admin: part.admin.clone(), last: CancellationToken::new() };
     let (probes, due) = mpsc::channel(PROBE_ROOM);
     let keep = |name, task| organs.keep(name, task);
-    let keeping = state.map(|folder| {
+    let keeping = config.state.map(|folder| {
         let (to, texts) = watch::channel(Arc::default());
         keep("state", Box::pin(state_file::keep(folder, texts, metrics.clone())));
         Keeping { to, here, began }
     });
     let probes = Some(probes);
-    let eyes = Eyes { nvml, dcmi, log: Some(log), observer: None, probes, settings: health, resumed, keeping };
+    let eyes = Eyes { nvml, dcmi, log: Some(log), observer: None, probes, settings: config.health, resumed, keeping };
     let observation = observe(eyes, &clock, &metrics, &organs.last, keep).map_err(AgentError::Host)?;
-    let ready = part.admin.check("devices");
+    be_ready_once_seen(&part, observation.snapshots.clone());
     serve_faults(&part.admin, &node, observation.snapshots.clone());
-    let mut seen = observation.snapshots.clone();
+    let prober = Prober {
+        clock: clock.clone(),
+        node: node.clone(),
+        worker: config.worker.clone(),
+        pci_devices: config.pci_devices,
+        snapshots: observation.snapshots.clone(),
+        due,
+        facts: observation.facts.clone(),
+        idle: None,
+    };
+    let backend = config.worker.backend;
+    let publisher =
+        Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id.clone(), uptime_ms, backend };
+    let means = Means { tools, grip, boot_id: host.boot_id };
+    let speech = Speech { clock, node, client, scheduler_lease: config.scheduler_lease, metrics, means };
+    organs.join(speech, publisher, config.worker, observation, Probing { prober, idle: config.idle_probe });
+    Ok(part.finish().await?)
+}
+
+/// How many devices the Node promises. Read once: a label that comes later needs no restart to be harmless.
+async fn expected_devices(client: &Client, clock: &Clock, node: &NodeName) -> node_status::Expected {
+    let expected = node_status::read_node(client, clock, node).await;
+    expected.map(|node| node_status::expected_devices(&node)).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the Node cannot be read: the number of devices is not checked");
+        node_status::Expected::default()
+    })
+}
+
+fn be_ready_once_seen(part: &Part, mut seen: watch::Receiver<Option<Arc<Snapshot>>>) {
+    let ready = part.admin.check("devices");
     part.tasks.spawn("ready", async move {
         if seen.wait_for(Option::is_some).await.is_ok() {
             ready.pass();
         }
         Ok::<_, Infallible>(())
     });
-    let prober = Prober {
-        clock: clock.clone(),
-        node: node.clone(),
-        worker: worker.clone(),
-        pci_devices: pci_devices.clone(),
-        snapshots: observation.snapshots.clone(),
-        due,
-        facts: observation.facts.clone(),
-        idle: None,
-    };
-    let backend = worker.backend;
-    let publisher =
-        Publisher { clock: clock.clone(), node: node.clone(), boot_id: host.boot_id.clone(), uptime_ms, backend };
-    let means = Means { tools, grip, boot_id: host.boot_id };
-    let speech = Speech { clock, node, client, scheduler_lease, metrics, means };
-    organs.join(speech, publisher, worker, observation, Probing { prober, idle: idle_probe });
-    Ok(part.finish().await?)
 }
 
 /// Vendors' libraries as they were configured.
@@ -329,148 +320,6 @@ impl Libraries {
         let nvml = nvml::watch::WatchConfig { library: nvml, kernel_lists, expected: expected.nvidia, grip };
         let dcmi = dcmi::watch::WatchConfig { library: dcmi, switch_library: lingqu, expected: expected.ascend };
         (nvidia.then_some(nvml), ascend.then_some(dcmi))
-    }
-}
-
-/// The tasks of an agent, each with a sign of life, and the token of those that end last.
-struct Organs {
-    tasks: Tasks,
-    admin: Admin,
-    last: CancellationToken,
-}
-
-/// What validates, and how often it looks at idle devices.
-struct Probing {
-    prober: Prober,
-    idle: Option<Duration>,
-}
-
-/// What is needed to talk to the cluster.
-struct Speech {
-    clock: Clock,
-    node: NodeName,
-    client: Client,
-    scheduler_lease: (String, String),
-    metrics: Metrics,
-    means: Means,
-}
-
-/// What orders are carried out with.
-struct Means {
-    tools: Tools,
-    grip: Grip,
-    boot_id: String,
-}
-
-impl Organs {
-    fn keep(&self, name: &'static str, task: BoxFuture<'static, ()>) {
-        let alive = self.admin.heartbeat(name, ALIVE_WITHIN);
-        self.tasks.keep(name, async move {
-            alive.during(task).await;
-            Ok::<_, Infallible>(())
-        });
-    }
-
-    /// Joins what watches, what speaks and what works by watch channels.
-    fn join(
-        &self,
-        speech: Speech,
-        publisher: Publisher,
-        worker: WorkerConfig,
-        observation: Observation,
-        Probing { mut prober, idle }: Probing,
-    ) {
-        let Speech { clock, node, client, scheduler_lease: (namespace, name), metrics, means } = speech;
-        let Observation { snapshots, facts } = observation;
-        let (wanted, see_wanted) = watch::channel(Wanted::default());
-        let (view, see_view) = watch::channel(View::default());
-        let (desired, see_desired) = watch::channel(Arc::<Desired>::default());
-        let (publish, published) = watch::channel(None);
-        let last = &self.last;
-        prober.idle = idle.map(|every| Idle::new(every, see_view.clone(), see_desired.clone(), see_wanted.clone()));
-        self.keep("prober", Box::pin(prober.run(last.clone())));
-        let publishing = publisher.run(snapshots.clone(), see_wanted.clone(), publish, last.clone());
-        self.keep("published", Box::pin(publishing));
-        let (emptied, see_emptied) = watch::channel(BTreeSet::new());
-        let told = (see_wanted.clone(), snapshots.clone(), see_view.clone(), facts.clone());
-        let orders = self.carry_out(&clock, &node, means, told, emptied);
-        let status = NodeStatus {
-            clock: clock.clone(),
-            client: client.clone(),
-            node: node.clone(),
-            published: published.clone(),
-            workers: see_view.clone(),
-            wanted,
-            orders,
-            facts: facts.clone(),
-            metrics: metrics.clone(),
-        };
-        self.keep("node status", Box::pin(status.run(last.clone())));
-        let reporter = Reporter {
-            clock: clock.clone(),
-            node: node.clone(),
-            leader: Leader::Lease { client, namespace, name },
-            published,
-            workers: see_view,
-            desired,
-            metrics: metrics.clone(),
-            told: Duration::ZERO,
-        };
-        self.keep("report", Box::pin(reporter.run(last.clone())));
-        let workers = Workers {
-            clock,
-            node,
-            config: worker,
-            snapshots,
-            wanted: see_wanted,
-            desired: see_desired,
-            emptied: see_emptied,
-            facts,
-            view,
-            metrics,
-        };
-        let (stopping, last) = (self.tasks.stopping().clone(), last.clone());
-        let working = async move {
-            workers.run(stopping.child_token()).await;
-            stopping.cancelled().await;
-            last.cancel();
-        };
-        self.keep("workers", Box::pin(working));
-    }
-}
-
-/// What the executor of orders sees and tells.
-type Seen = (watch::Receiver<Wanted>, watch::Receiver<Option<Arc<Snapshot>>>, watch::Receiver<View>, Facts);
-
-impl Organs {
-    /// Starts the executor of orders; answers the other ends of what it tells.
-    fn carry_out(
-        &self,
-        clock: &Clock,
-        node: &NodeName,
-        Means { tools, grip, boot_id }: Means,
-        (wanted, snapshots, workers, facts): Seen,
-        emptied: watch::Sender<BTreeSet<Local>>,
-    ) -> OrderBook {
-        let (remember, remembered) = watch::channel(None);
-        let (tell, fates) = watch::channel(None);
-        let (record, recorded) = watch::channel(Arc::default());
-        let executor = Executor {
-            clock: clock.clone(),
-            node: node.clone(),
-            boot_id,
-            tools,
-            wanted,
-            remembered,
-            snapshots,
-            workers,
-            grip,
-            facts,
-            emptied,
-            told: Told { fates: tell, recorded },
-        };
-        self.keep("executor", Box::pin(executor.run(self.last.clone())));
-        OrderBook { fates, recorded: record, remembered: remember }
     }
 }
 

@@ -13,7 +13,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    loader::{Claim, LoadError, Loader},
+    load_error::LoadError,
+    loader::{Claim, Loader},
     metrics::Metrics,
     shelf::{self, Board, Held, Load, LoadId, Shelves, View},
 };

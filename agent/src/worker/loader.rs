@@ -15,128 +15,20 @@ use std::{
     },
 };
 
-use berth_kernels::{Backend, Checkpoint, CheckpointError, KernelError, Roots};
+use berth_kernels::{Backend, Checkpoint, Roots};
 use berth_proto::convert::Shelf;
-use berth_types::{Bytes, DeviceMemory, ExpertId, Geometry, LayerId, WeightFormat, model::GeometryError};
+use berth_types::{Bytes, DeviceMemory, ExpertId, LayerId, WeightFormat};
 use tokio::sync::{Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::shelf::{Held, HeldLayer, Load, Progress, Resident};
+use super::{
+    load_error::LoadError,
+    model::Model,
+    shelf::{Held, HeldLayer, Load, Progress, Resident},
+};
 
 /// Loads that run at once; more wait their turn.
 const LOADS: usize = 2;
-
-/// Why a shelf is not loaded. Every message names what is wrong and what to do.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum LoadError {
-    /// The checkpoint cannot be read.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// The checkpoint cannot be read through to make its digest.
-    #[error("{reason}: repair the checkpoint at {uri}")]
-    Identity {
-        /// Where it is.
-        uri: String,
-        /// What the reader said.
-        reason: String,
-    },
-    /// `config.json` does not describe a model that has experts.
-    #[error("{uri}: config.json: {cause}")]
-    Geometry {
-        /// Where it is.
-        uri: String,
-        /// What is wrong.
-        cause: GeometryError,
-    },
-    /// A field of `config.json` has a value that no expert can be computed with.
-    #[error("{uri}: config.json: {field} is {value}: expected {expected}")]
-    Config {
-        /// Where it is.
-        uri: String,
-        /// The field.
-        field: &'static str,
-        /// Its value.
-        value: String,
-        /// What would do.
-        expected: &'static str,
-    },
-    /// Other weights than the order asks for.
-    #[error(
-        "{uri} has digest {found}, the order wants {wanted}: put the right checkpoint there or correct weights.digest"
-    )]
-    Digest {
-        /// Where it is.
-        uri: String,
-        /// Digest in the order.
-        wanted: String,
-        /// Digest of what is there.
-        found: String,
-    },
-    /// A layer without experts.
-    #[error("layer {layer} has no experts, layers {first} to {last} have: correct the placement")]
-    Layer {
-        /// The layer in the order.
-        layer: LayerId,
-        /// First layer with experts.
-        first: u32,
-        /// Last layer with experts.
-        last: u32,
-    },
-    /// An expert beyond the model.
-    #[error("layer {layer} has experts 0 to {last}, the order names {expert}: correct the placement")]
-    Expert {
-        /// The layer in the order.
-        layer: LayerId,
-        /// The expert in the order.
-        expert: ExpertId,
-        /// The model's last expert.
-        last: u32,
-    },
-    /// The device is too small for what it holds and this.
-    #[error(
-        "{experts} more experts need {needed} and {free} are free (device {device} × 0.92 − workspace {workspace} − \
-         held {held}): free a revision or plan fewer slots for this device"
-    )]
-    Memory {
-        /// Experts that are not here yet.
-        experts: usize,
-        /// Bytes they take.
-        needed: Bytes,
-        /// Bytes left.
-        free: Bytes,
-        /// Bytes of the device.
-        device: Bytes,
-        /// Bytes of scratch.
-        workspace: Bytes,
-        /// Bytes held or promised to loads that run.
-        held: Bytes,
-    },
-    /// The backend cannot pack an expert.
-    #[error("layer {layer} expert {expert}: {cause}")]
-    Pack {
-        /// The layer.
-        layer: LayerId,
-        /// The expert.
-        expert: ExpertId,
-        /// What the backend said.
-        cause: KernelError,
-    },
-    /// No thread for the load.
-    #[error("starting a loading thread: {cause}: raise the process limit of the node")]
-    Thread {
-        /// The system's words.
-        cause: std::io::Error,
-    },
-    /// The load ended without an outcome.
-    #[error("the load of {uri} broke off: look for a panic in this worker's log")]
-    Broken {
-        /// What was loaded.
-        uri: String,
-    },
-    /// Nobody wants it any more.
-    #[error("the load was cancelled")]
-    Cancelled,
-}
 
 /// Which expert, by content.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -416,54 +308,6 @@ fn identity<'a>(checkpoint: &'a Checkpoint, uri: &str, progress: &Progress) -> R
     };
     let unreadable = |reason: &str| LoadError::Identity { uri: uri.to_owned(), reason: reason.to_owned() };
     checkpoint.identity_telling(&read).map_err(unreadable)
-}
-
-/// What a checkpoint's config says of its experts.
-struct Model {
-    geometry: Geometry,
-    hidden: usize,
-    width: usize,
-    limit: Option<f32>,
-}
-
-impl Model {
-    fn read(checkpoint: &Checkpoint, uri: &str) -> Result<Self, LoadError> {
-        let config = checkpoint.config_json();
-        let geometry =
-            Geometry::from_config(config).map_err(|cause| LoadError::Geometry { uri: uri.to_owned(), cause })?;
-        let limit = match config.get("swiglu_limit") {
-            None | Some(serde_json::Value::Null) => None,
-            Some(value) => Some(limit(value).ok_or_else(|| LoadError::Config {
-                uri: uri.to_owned(),
-                field: "swiglu_limit",
-                value: value.to_string(),
-                expected: "a number above 0, or none",
-            })?),
-        };
-        let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
-        let (hidden, width) = (size(geometry.hidden), size(geometry.expert_width));
-        Ok(Self { geometry, hidden, width, limit })
-    }
-
-    fn check(&self, shelf: &Shelf) -> Result<(), LoadError> {
-        let last = self.geometry.experts.saturating_sub(1);
-        let layers = self.geometry.dense_layers..self.geometry.layers;
-        for (layer, slots) in &shelf.slots {
-            if !layers.contains(&layer.0) {
-                let (first, last) = (layers.start, layers.end.saturating_sub(1));
-                return Err(LoadError::Layer { layer: *layer, first, last });
-            }
-            if let Some(expert) = slots.iter().flatten().find(|expert| expert.0 > last) {
-                return Err(LoadError::Expert { layer: *layer, expert: *expert, last });
-            }
-        }
-        Ok(())
-    }
-}
-
-fn limit(value: &serde_json::Value) -> Option<f32> {
-    let limit: f32 = serde_json::from_value(value.clone()).ok()?;
-    (limit.is_finite() && limit > 0.0).then_some(limit)
 }
 
 /// One load at work.

@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 use super::{EXPERT_BYTES, checkpoint, config, digest, order, shelf, write_checkpoint};
 use crate::worker::{
     control::{Control, Published},
-    loader::{LoadError, Loader},
+    load_error::LoadError,
+    loader::Loader,
     metrics::Metrics,
     shelf::{Held, Progress, View},
 };
