@@ -246,7 +246,7 @@ fn kind(what: &What) -> &'static str {
         What::Recovery(_) => "recovery",
         What::BusLoss(_) => "bus_loss",
         What::Switch { .. } => "switch",
-        What::Killed(_) | What::DriverLoaded(_) => "kernel",
+        What::Killed(_) | What::DriverLoaded(_) | What::SlotDown(_) => "kernel",
         What::Event(_) => "event",
         What::Reading(_) | What::Npu(_) => "reading",
         What::Alarm(_) => "alarm",

@@ -237,6 +237,7 @@ fn by_value(code: u32) -> Option<Reason> {
             0x8008 => Reason::MemoryUncorrectable,
             0x8006 => Reason::MemoryCorrectableBurst,
             0x8605 => Reason::FabricDegraded,
+            0x4E00 => Reason::FirmwareHang,
             _ => return None,
         },
     })
@@ -322,6 +323,7 @@ mod tests {
             (0x80E1_8402, Level::Separate, R::MemoryRemapFailed),
             (0x80E1_8405, Level::SubHealth, R::MemoryCorrectableBurst),
             (0x8C0E_4E00, Level::FreeRestart, R::FirmwareHang),
+            (0x8C48_4E00, Level::FreeRestart, R::FirmwareHang),
             (0x8C03_A000, Level::Restart, R::FirmwareHang),
             (0x81B1_8603, Level::NotHandle, R::FabricLinkDown),
             (0x81AF_8000, Level::Restart, R::FabricLinkDown),

@@ -104,10 +104,11 @@ pub struct Condition {
     pub clears: Clears,
     /// Where it stands.
     pub phase: Phase,
-    /// Facts of the incident that count as one each.
-    pub count: u32,
     /// It came from the log of the time before the agent started.
     pub old: bool,
+    /// What it said, and what ended it, before the driver's wish joined it.
+    #[serde(default)]
+    pub own: Option<(Words, Clears)>,
 }
 
 impl Condition {
@@ -115,7 +116,7 @@ impl Condition {
     #[must_use]
     pub fn begun(now: Duration, words: Words, clears: Clears, evidence: &str) -> Self {
         let evidence = evidence.to_owned();
-        Self { words, evidence, since: now, last: now, clears, phase: Phase::Active, count: 1, old: false }
+        Self { words, evidence, since: now, last: now, clears, phase: Phase::Active, old: false, own: None }
     }
 
     /// What it says now.
@@ -187,8 +188,8 @@ mod tests {
             last: since,
             clears: Clears::Probe,
             phase: Phase::Active,
-            count: 1,
             old: false,
+            own: None,
         }
     }
 

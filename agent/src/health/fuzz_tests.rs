@@ -11,7 +11,8 @@ use super::{
     alarms,
     device::Settings,
     fact::{
-        Alarm, Assertion, DeviceInfo, Fact, NpuReading, Read, Reading, Rows, Source, Subject, SwitchFault, What, Xid,
+        Alarm, Assertion, DeviceInfo, Fact, HostLink, NpuReading, Read, Reading, Rows, Source, Subject, SwitchFault,
+        What, Xid,
     },
     kmsg::Record,
     ledger::{Ledger, Report},
@@ -239,6 +240,8 @@ fn vendor_fact(dice: &mut Dice, at: u64) -> What {
             boot: answer(dice, edge),
             network: answer(dice, edge),
             next_isolated: answer(dice, edge),
+            host_errors: answer(dice, Dice::roll),
+            fabric_errors: answer(dice, Dice::roll),
         })),
         3 | 4 => What::Reading(Box::new(Reading {
             begun: ms(at),
@@ -252,7 +255,13 @@ fn vendor_fact(dice: &mut Dice, at: u64) -> What {
             slowdown: answer(dice, edge),
             shutdown: answer(dice, edge),
             clock_reasons: answer(dice, Dice::roll),
-            links_down: (0..dice.below(3)).map(|_| edge(dice)).collect(),
+            host_link: answer(dice, |dice| HostLink {
+                lanes: edge(dice),
+                lanes_most: edge(dice),
+                generation: edge(dice),
+                generation_most: edge(dice),
+            }),
+            links_down: answer(dice, |dice| (0..dice.below(3)).map(|_| edge(dice)).collect()),
             ..Reading::default()
         })),
         _ => What::Event(1 << dice.below(64)),

@@ -7,25 +7,22 @@ use std::{
     time::Duration,
 };
 
-use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope, Vendor};
+use berth_types::{Action, Admission, DeviceState, Reason, Scope, Vendor};
 use serde::{Deserialize, Serialize};
 
 use super::{
     alarms::Level,
-    catalog::{self, Row, Treat},
-    condition::{Clears, Condition, Origin, WINDOW, Words, compose},
+    catalog::{self, Treat},
+    condition::{Condition, Origin, WINDOW, compose},
     device::{Device, Effect, Settings},
     fact::{DeviceInfo, Fact, Local, Subject, What},
-    switch::{Note, Switches},
+    switch::Switches,
 };
 
 /// Reports per subject within [`STORM_SPAN`]; the last state is said all the same, a little later.
 const STORM: usize = 2;
 /// See [`STORM`].
 const STORM_SPAN: Duration = Duration::from_secs(1);
-
-/// Whose word it is that Ascend's driver is not well: its own.
-const JUDGED: Origin = Origin::Code(0);
 
 /// One thing that the agent says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +83,16 @@ impl<'a> Reach<'a> {
     }
 }
 
+/// Whether a fact makes a device known that nobody spoke of before: it is listed, or did not come up when its driver
+/// was loaded. What is said of a device that ran is of one that is known, or of none of ours.
+fn introduces(what: &What) -> bool {
+    match what {
+        What::Listed(_) | What::Unspoken(_) => true,
+        What::BusLoss(line) => !line.starts_with("GPU "),
+        _ => false,
+    }
+}
+
 /// The state of one subject as it is said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Standing {
@@ -108,14 +115,14 @@ pub struct Ledger {
     pub(super) switch_fault: Option<Duration>,
     /// When the kernel last ended a program for want of memory.
     #[serde(skip)]
-    killed: Option<Duration>,
+    pub(super) killed: Option<Duration>,
     /// Switches of Ascend's scale-up fabric.
     pub(super) switches: Switches,
     /// What happened once on the node and makes link faults worse.
     pub(super) triggers: Vec<(Duration, Level)>,
     pub(super) strangers: BTreeMap<Local, Duration>,
     #[serde(skip)]
-    started: bool,
+    pub(super) started: bool,
     /// It goes on from a memory that another boot of the node wrote.
     #[serde(skip)]
     pub(super) rebooted: bool,
@@ -175,8 +182,8 @@ impl Ledger {
                 return false;
             }
             device.unmet(now);
-            // Addresses from old lines that no library and no kernel list any more.
-            device.info.is_some() || device.state().0 != DeviceState::HEALTHY
+            // Addresses from old lines that no library and no kernel list any more: only a loss explains that.
+            device.info.is_some() || device.state().0.reason == Some(Reason::DeviceLost)
         });
         let subjects = std::iter::once(Subject::Node).chain(self.devices.keys().cloned().map(Subject::Device));
         let reports: Vec<Report> = subjects
@@ -223,15 +230,18 @@ impl Ledger {
         self.devices.get(local)?.info.as_ref()
     }
 
-    fn take_device(&mut self, now: Duration, local: &Local, what: &What, outcome: &mut Outcome) {
+    pub(super) fn take_device(&mut self, now: Duration, local: &Local, what: &What, outcome: &mut Outcome) {
         let ours = self.devices.contains_key(local);
-        let introduces = matches!(what, What::Listed(_) | What::Unspoken(_) | What::BusLoss(_));
-        if !ours && !introduces && self.started {
+        if !ours && !introduces(what) && self.started {
             return self.stranger(now, local, what, outcome);
         }
         if let What::Xid(xid) = what
             && let Treat::Node(row) = catalog::treat(xid.number)
         {
+            // What was said of the driver before the agent began, its readings say better.
+            if !self.started {
+                return;
+            }
             return self.node_condition(now, row, Origin::Vendor, &format!("{}, {local}", xid.evidence()));
         }
         let fresh = !self.started;
@@ -259,134 +269,6 @@ impl Ledger {
         }
     }
 
-    /// A fault at an address that is no device of ours: the node says so once a minute.
-    fn stranger(&mut self, now: Duration, local: &Local, what: &What, outcome: &mut Outcome) {
-        let evidence = match what {
-            What::Xid(xid) => format!("{}, {local}: no device of this node", xid.evidence()),
-            What::Recovery(value) => format!("Xid 154, recovery action {value:?}, {local}: no device of this node"),
-            _ => return,
-        };
-        self.strangers.retain(|_, at| now.saturating_sub(*at) <= WINDOW);
-        if self.strangers.insert(local.clone(), now).is_none() {
-            self.note(now, &Subject::Node, Reason::UnknownFault, Action::None, Scope::Node, evidence, outcome);
-        }
-    }
-
-    fn take_node(&mut self, now: Duration, what: &What, outcome: &mut Outcome) {
-        let words = |health, admission| Words::new(health, admission, Action::None, Scope::Node);
-        match what {
-            What::NoLibrary { vendor, why } => {
-                let words = words(Health::Unknown, Admission::Barred);
-                let row = Row { reason: Reason::AgentBlind, words, clears: Clears::Reading };
-                self.node_condition(now, row, Origin::Library(*vendor), why);
-                self.tell_vendor(now, *vendor, what, outcome);
-            }
-            What::Library(vendor) => {
-                self.node.remove(&(Reason::AgentBlind, Origin::Library(*vendor)));
-                self.tell_vendor(now, *vendor, what, outcome);
-            }
-            What::Inventory { vendor, locals } => self.take_inventory(now, *vendor, locals, outcome),
-            What::LogBlind(Some(why)) => {
-                // Readings and events go on, and are late where a line would not be.
-                let words = words(Health::Degraded, Admission::Schedulable);
-                let row = Row { reason: Reason::AgentBlind, words, clears: Clears::Reading };
-                self.node_condition(now, row, Origin::Log, why);
-            }
-            What::LogBlind(None) => {
-                self.node.remove(&(Reason::AgentBlind, Origin::Log));
-            }
-            What::Count { listed, expected } if listed != expected => {
-                let row = Row {
-                    reason: Reason::CountMismatch,
-                    words: words(Health::Degraded, Admission::Schedulable),
-                    clears: Clears::Reading,
-                };
-                let evidence = format!("{listed} devices listed, {expected} expected");
-                self.node_condition(now, row, Origin::Vendor, &evidence);
-            }
-            What::Count { .. } => {
-                self.node.remove(&(Reason::CountMismatch, Origin::Vendor));
-            }
-            What::Killed(text) => self.killed(now, text, outcome),
-            What::DriverLoaded(_) => outcome.reread.extend(self.devices.keys().cloned()),
-            What::Switch { fatal, text } => self.switch(now, *fatal, text, outcome),
-            What::Fabric { of, assertion, severity } => {
-                if let Some(note) = self.switches.event(now, *of, *assertion, *severity) {
-                    let Note { reason, action, evidence } = note;
-                    self.note(now, &Subject::Node, reason, action, Scope::Node, evidence, outcome);
-                }
-                self.relate(now);
-            }
-            What::Fabrics { begun, faults } => {
-                self.switches.list(now, *begun, faults);
-                self.relate(now);
-            }
-            What::Driver(state) => self.driver_fault(now, JUDGED, state.fault()),
-            _ => {}
-        }
-    }
-
-    /// Programs that the kernel ended within a minute are one note: it hurts the node, and accuses no device.
-    fn killed(&mut self, now: Duration, text: &str, outcome: &mut Outcome) {
-        if self.killed.replace(now).is_none_or(|at| now.saturating_sub(at) > WINDOW) {
-            let (reason, action) = (Reason::ProcessFault, Action::RestartWorkload);
-            self.note(now, &Subject::Node, reason, action, Scope::Process, text.to_owned(), outcome);
-        }
-    }
-
-    /// One fault of a switch is one note, whatever it prints within a minute.
-    fn switch(&mut self, now: Duration, fatal: bool, text: &str, outcome: &mut Outcome) {
-        let open = self.switch_fault.is_some_and(|at| now.saturating_sub(at) <= WINDOW);
-        if !self.started || !fatal {
-            return;
-        }
-        self.switch_fault = Some(now);
-        if !open {
-            let evidence = text.to_owned();
-            self.note(now, &Subject::Node, Reason::FabricLinkDown, Action::None, Scope::Node, evidence, outcome);
-        }
-    }
-
-    /// The driver itself is at fault, or is not any more, as `origin` tells.
-    pub(super) fn driver_fault(&mut self, now: Duration, origin: Origin, why: Option<String>) {
-        let Some(why) = why else {
-            self.node.remove(&(Reason::DriverFault, origin));
-            return;
-        };
-        let words = Words::new(Health::Degraded, Admission::Draining, Action::None, Scope::Node);
-        let row = Row { reason: Reason::DriverFault, words, clears: Clears::Reading };
-        self.node_condition(now, row, origin, &why);
-    }
-
-    /// Tells every device of a vendor.
-    fn tell_vendor(&mut self, now: Duration, vendor: Vendor, what: &What, outcome: &mut Outcome) {
-        let of = |device: &Device| device.info.as_ref().is_some_and(|info| info.vendor == vendor);
-        let locals: Vec<Local> =
-            self.devices.iter().filter(|(_, device)| of(device)).map(|(local, _)| local.clone()).collect();
-        for local in locals {
-            self.take_device(now, &local, what, outcome);
-        }
-    }
-
-    /// What was here and is listed by nobody any more is lost.
-    fn take_inventory(&mut self, now: Duration, vendor: Vendor, locals: &[Local], outcome: &mut Outcome) {
-        let gone = |local: &Local, device: &Device| {
-            device.info.as_ref().is_some_and(|info| info.vendor == vendor) && !locals.contains(local)
-        };
-        let gone: Vec<Local> =
-            self.devices.iter().filter(|(local, device)| gone(local, device)).map(|(local, _)| local.clone()).collect();
-        let lost = What::BusLoss("was here, and is listed by no library any more".to_owned());
-        for local in gone {
-            self.take_device(now, &local, &lost, outcome);
-        }
-    }
-
-    fn node_condition(&mut self, now: Duration, row: Row, origin: Origin, evidence: &str) {
-        let Row { reason, words, clears } = row;
-        let fresh = || Condition::begun(now, words, clears, evidence);
-        self.node.entry((reason, origin)).or_insert_with(fresh).last = now;
-    }
-
     pub(super) fn follow(&mut self, now: Duration, local: &Local, effects: Vec<Effect>, outcome: &mut Outcome) {
         let of = Subject::Device(local.clone());
         for effect in effects {
@@ -399,10 +281,15 @@ impl Ledger {
                 Effect::Note { reason, action, scope, evidence } => {
                     self.note(now, &of, reason, action, scope, evidence, outcome);
                 }
-                Effect::FabricNote(evidence) => {
+                Effect::FabricNote { evidence, program } => {
                     let switch = self.switch_fault.is_some_and(|at| now.saturating_sub(at) <= WINDOW);
                     if !switch && !self.devices.values().any(|device| device.fabric_fault(now)) {
-                        self.note(now, &of, Reason::FabricLinkDown, Action::None, Scope::Device, evidence, outcome);
+                        let (reason, action, scope) = if program {
+                            (Reason::ProcessFault, Action::RestartWorkload, Scope::Process)
+                        } else {
+                            (Reason::FabricLinkDown, Action::None, Scope::Device)
+                        };
+                        self.note(now, &of, reason, action, scope, evidence, outcome);
                     }
                 }
                 Effect::Trigger(code) => self.triggered(now, code),
@@ -419,7 +306,7 @@ impl Ledger {
     }
 
     #[expect(clippy::too_many_arguments, reason = "a note is these words")]
-    fn note(
+    pub(super) fn note(
         &mut self,
         now: Duration,
         of: &Subject,

@@ -1,7 +1,7 @@
 //! Reads the kernel log on a thread of its own: records in, facts out. What was there before is told
 //! before [`Seen::Settled`]; what comes later is new. A log that cannot be read is a reported state, and opened again.
 
-use std::{io, thread, time::Duration};
+use std::{collections::VecDeque, io, thread, time::Duration};
 
 use berth_runtime::{Clock, clock::InFlight};
 
@@ -20,6 +20,8 @@ pub const NAME: &str = "kernel log";
 
 /// A log that cannot be read is opened again after this.
 const REOPEN: Duration = Duration::from_secs(30);
+/// Records that are remembered in case they are delivered again.
+const RECENT: usize = 64;
 
 /// Opens the log from its oldest record.
 pub type Open = Box<dyn FnMut() -> io::Result<Box<dyn KernelLog>> + Send>;
@@ -43,9 +45,9 @@ pub fn once(log: impl KernelLog + 'static) -> Open {
 pub fn follow(open: Open, known: Option<u64>, facts: Facts, metrics: Metrics, clock: &Clock) -> io::Result<()> {
     // What is there already is read before any time passes.
     let reading = Some(clock.in_flight());
-    let nvrm = Nvrm::default();
+    let (nvrm, recent) = (Nvrm::default(), VecDeque::new());
     let mut follower =
-        Follower { open, facts, metrics, clock: clock.clone(), nvrm, known, past: true, blind: false, reading };
+        Follower { open, facts, metrics, clock: clock.clone(), nvrm, known, recent, past: true, blind: false, reading };
     thread::Builder::new().name("kernel log".to_owned()).spawn(move || follower.run()).map(|_| ())
 }
 
@@ -57,6 +59,8 @@ struct Follower {
     nvrm: Nvrm,
     /// Number of the last record that was taken in.
     known: Option<u64>,
+    /// Number and time of the last ones that said something: a record that is delivered again is no news.
+    recent: VecDeque<(u64, u64)>,
     /// What was there when the log was opened is still being read.
     past: bool,
     /// It was said that the log cannot be read.
@@ -146,9 +150,14 @@ impl Follower {
         // Read in any case: one message of the driver spans three records.
         let facts = self.nvrm.read(&record.text);
         let old = self.past && self.known.is_some_and(|known| record.sequence <= known);
-        if facts.is_empty() || old {
+        let this = (record.sequence, record.micros);
+        if facts.is_empty() || old || self.recent.contains(&this) {
             return true;
         }
+        if self.recent.len() >= RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(this);
         self.known = self.known.max(Some(record.sequence));
         // The guard goes with the last word of the record: time stands still until all are consumed.
         facts.into_iter().all(|fact| self.facts.send_blocking(Seen::Fact(fact), None))
@@ -159,7 +168,6 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::VecDeque;
 
     struct Fake(VecDeque<io::Result<Read>>);
 
@@ -212,6 +220,12 @@ mod tests {
         let expected =
             ["settled", "xid 48", "at 7", "blind", "settled", "settled", "sees", "lost", "xid 79", "at 8", "settled"];
         assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn a_record_that_is_delivered_twice_is_told_once() {
+        let log = vec![Ok(Read::CaughtUp), record(7, 119), record(7, 119), record(8, 119), record(7, 119)];
+        assert_eq!(told(None, vec![Ok(log)]), ["settled", "xid 119", "at 7", "xid 119", "at 8"]);
     }
 
     #[test]

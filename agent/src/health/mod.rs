@@ -13,6 +13,7 @@ pub mod ledger;
 pub mod log;
 pub mod memory;
 pub mod neighbours;
+mod node_facts;
 pub mod nvlink;
 mod nvlink5;
 pub mod nvrm;

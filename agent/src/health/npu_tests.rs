@@ -149,8 +149,10 @@ fn a_device_whose_driver_took_a_fault_back_is_due_for_validation() {
 #[test]
 fn a_chip_that_does_not_finish_starting_hangs() {
     let mut ledger = started();
-    let booting =
-        |begun| What::Npu(Box::new(NpuReading { begun: ms(begun), boot: Read::Value(2), ..NpuReading::default() }));
+    let health = Read::Value(0);
+    let booting = |begun| {
+        What::Npu(Box::new(NpuReading { begun: ms(begun), health, boot: Read::Value(2), ..NpuReading::default() }))
+    };
     take(&mut ledger, 1_000, ONE, booting(1_000));
     assert_eq!(state(&ledger, ONE), DeviceState::HEALTHY);
     ledger.tick(ledger.deadline().unwrap());

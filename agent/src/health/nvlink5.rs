@@ -66,9 +66,13 @@ impl Pattern {
 impl<'a> Line<'a> {
     /// `<UNIT> <Fatal|Nonfatal> XC0 i0 Link 08 (0x004505c6 0x00000000 …)`; `None` = damaged.
     pub(super) fn parse(message: &'a str) -> Option<Self> {
-        let mut words = message.split_whitespace();
-        let (unit, severity) = (words.next()?, words.next()?);
-        let inside = message.split_once('(')?.1.split_once(')')?.0;
+        let (before, rest) = message.rsplit_once('(')?;
+        let inside = rest.split_once(')')?.0;
+        // From the severity on: a program's name may stand before the unit, and hold anything.
+        let words: Vec<&str> = before.split_whitespace().collect();
+        let severity = |word: &&str| word.eq_ignore_ascii_case("fatal") || word.eq_ignore_ascii_case("nonfatal");
+        let at = words.iter().rposition(severity)?;
+        let (unit, severity) = (words.get(at.checked_sub(1)?)?, words.get(at)?);
         let mut registers = inside.split([' ', ',']).filter(|word| !word.is_empty());
         let mut register = || u32::from_str_radix(registers.next()?.strip_prefix("0x")?, 16).ok();
         let (interrupt, status) = (register()?, register()?);
@@ -108,8 +112,8 @@ fn rule(line: &'static str) -> Option<Rule> {
 /// first rule in the file's order that fits decides. Without one the line's own word does.
 pub(super) fn judge(number: u16, message: &str, branch: Option<u16>) -> Verdict {
     let Some(line) = Line::parse(message) else {
-        let lesser = message.split_whitespace().any(|word| word == "Nonfatal");
-        return if lesser { Verdict::Lesser } else { Verdict::Ours };
+        let says = |severity: &str| message.split_whitespace().any(|word| word == severity);
+        return if says("Nonfatal") && !says("Fatal") { Verdict::Lesser } else { Verdict::Ours };
     };
     let layouts: &[usize] = match branch {
         Some(branch) if branch < SECOND_LAYOUT => &[0],
@@ -142,8 +146,8 @@ fn by_rule(rule: &Rule, layout: usize, line: &Line<'_>) -> Verdict {
     match action {
         "RESET_GPU" if rule.peer => Verdict::Peer,
         "RESET_GPU" => Verdict::Ours,
-        // What follows from another error: alone it is only said, and the driver's own action does the rest.
-        "XID_154_EVAL" => Verdict::Secondary,
+        // The driver's own action, else the program's: it starts again.
+        "XID_154_EVAL" => Verdict::Program,
         _ => Verdict::Lesser,
     }
 }
@@ -184,8 +188,14 @@ mod tests {
     fn a_register_of_the_other_layout_fits_no_rule() {
         let lost = line("RLW_SRC_TRACK", "Nonfatal", 0x0408_2907, 8);
         assert_eq!(judge(145, &lost, Some(570)), Verdict::Lesser);
-        assert_eq!(judge(145, &lost, Some(575)), Verdict::Secondary);
-        assert_eq!(judge(145, &lost, None), Verdict::Secondary);
+        assert_eq!(judge(145, &lost, Some(575)), Verdict::Program);
+        assert_eq!(judge(145, &lost, None), Verdict::Program);
+    }
+
+    #[test]
+    fn a_program_s_name_hides_no_fault() {
+        let text = format!("x, Nonfatal y, {}", line("NETIR_LINK_EVT", "Fatal", 0x0045_05c6, 0));
+        assert_eq!(judge(149, &text, Some(570)), Verdict::Ours);
     }
 
     #[test]

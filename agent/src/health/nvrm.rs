@@ -24,6 +24,9 @@ impl Nvrm {
         if OUT_OF_MEMORY.iter().any(|start| text.starts_with(start)) {
             return vec![Fact::node(What::Killed(text.chars().take(120).collect()))];
         }
+        if let Some(slot) = slot_down(text) {
+            return vec![Fact::node(What::SlotDown(slot))];
+        }
         let Some(rest) = text.strip_prefix("NVRM: ") else { return Vec::new() };
         if rest.starts_with("loading NVIDIA UNIX ") {
             return vec![Fact::node(What::DriverLoaded(rest.chars().take(120).collect()))];
@@ -48,6 +51,12 @@ impl Nvrm {
     }
 }
 
+/// `pcieport 0000:3a:00.0: pciehp: Slot(2): Link Down`: the port is named, and not what is behind it.
+fn slot_down(text: &str) -> Option<String> {
+    let down = text.starts_with("pcieport ") && text.contains(": pciehp: Slot(") && text.ends_with(": Link Down");
+    down.then(|| text.chars().take(120).collect())
+}
+
 fn bus_loss(address: PciAddress, text: &str) -> Fact {
     let line: String = text.trim_start_matches("NVRM: ").chars().take(160).collect();
     Fact::device(address.to_string(), What::BusLoss(line))
@@ -59,7 +68,17 @@ fn xid(rest: &str) -> Option<Fact> {
     let mut words = attribute.split(' ').filter(|word| !word.is_empty());
     let address = words.next()?;
     let address: PciAddress = address.strip_prefix("PCI:").unwrap_or(address).parse().ok()?;
-    let gpu_instance = words.find_map(|word| word.strip_prefix("GPU-I:")).and_then(|number| number.parse().ok());
+    // Only a partition may stand behind the address: anything else is a damaged one.
+    let mut gpu_instance = None;
+    for word in words {
+        let (name, number) = word.split_once(':')?;
+        let number = number.bytes().all(|byte| byte.is_ascii_digit()).then(|| number.parse().ok())??;
+        match name {
+            "GPU-I" => gpu_instance = Some(number),
+            "GPU-CI" => {}
+            _ => return None,
+        }
+    }
     let (digits, rest) = rest.split_once(',').unwrap_or((rest.trim_end(), ""));
     // A plain decimal: `parse` alone would take a sign.
     let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
@@ -90,13 +109,14 @@ fn process(rest: &str) -> (Option<u32>, &str, &str) {
     (pid, name, message)
 }
 
-/// The value after `to` in `… changed from 0x0 (None) to 0x4 (Drain and Reset)`; wider than 32 bits or
-/// absent = `None`.
+/// The value after the last `to` in `… changed from 0x0 (None) to 0x4 (Drain and Reset)`; wider than 32 bits, damaged or
+/// absent = `None`. The last, for a program's name stands before it and may hold anything.
 fn recovery(message: &str) -> Option<u32> {
-    let (_, to) = message.split_once(" to ")?;
+    let (_, to) = message.rsplit_once(" to ")?;
     let hex = to.trim_start().strip_prefix("0x")?;
-    let end = hex.bytes().position(|byte| !byte.is_ascii_hexdigit()).unwrap_or(hex.len());
-    u32::from_str_radix(hex.get(..end)?, 16).ok()
+    let hex = hex.split([' ', '(']).next()?;
+    let plain = hex.bytes().all(|byte| byte.is_ascii_hexdigit());
+    plain.then(|| u32::from_str_radix(hex, 16).ok())?
 }
 
 /// `0: SXid (PCI:0000:05:00.0): 20034, Fatal, Link 62 LTSSM Fault Up`. The two records that follow one
@@ -173,6 +193,9 @@ mod tests {
             "NVRM: Xid (PCI:3b:00): 79, text",
             "kernel: NVRM: Xid (PCI:0000:3b:00): 79, text",
             "python3: NVRM: Xid (PCI:0000:3b:00): 79, text",
+            "NVRM: Xid (PCI:0000:3b:00 GARBAGE): 79, text",
+            "NVRM: Xid (PCI:0000:3b:00 GPU-I:x1): 79, text",
+            "NVRM: Xid (PCI:0000:3b:00 GPU-I:): 79, text",
             "NVRM: Xid (PCI:0000:3b:00",
             "NVRM: Xid (PCI:0000:3b:00): ",
             "NVRM: Xid (PCI:0000:3b:00): , 79",
@@ -190,6 +213,9 @@ mod tests {
         assert_eq!(value(&line(" to 0x0 (None)")), Some(What::Recovery(Some(0))));
         assert_eq!(value(&line(" to 0x4 (Drain and Reset)")), Some(What::Recovery(Some(4))));
         assert_eq!(value(&line(" to 0x100000000 (?)")), Some(What::Recovery(None)));
+        assert_eq!(value(&line(" to 0x4zz (?)")), Some(What::Recovery(None)));
+        let named = "NVRM: Xid (PCI:0000:3b:00): 154, pid=7, name=a, back to 0x0 b, GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)";
+        assert_eq!(value(named), Some(What::Recovery(Some(1))), "a program's name is no value");
         assert_eq!(value(&line("")), Some(What::Recovery(None)));
     }
 
@@ -224,6 +250,9 @@ mod tests {
         assert_eq!(one("python3 invoked oom-killer: gfp_mask=0x1"), None);
         let loaded = "NVRM: loading NVIDIA UNIX x86_64 Kernel Module  570.133.20  Thu Mar  6 18:54:33 UTC 2025";
         assert!(matches!(one(loaded).unwrap().what, What::DriverLoaded(text) if text.contains("570.133.20")));
+        let slot = one("pcieport 0000:3a:00.0: pciehp: Slot(2): Link Down").unwrap();
+        assert!(matches!(slot.what, What::SlotDown(text) if text.contains("Slot(2)")));
+        assert_eq!(one("pcieport 0000:3a:00.0: pciehp: Slot(2): Link Up"), None);
     }
 
     proptest! {

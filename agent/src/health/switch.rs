@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     alarms::{self, Level},
-    condition::{Clears, Condition, Phase, Words},
+    condition::{Clears, Condition, Words},
     fact::{Assertion, SwitchFault},
 };
 
@@ -120,8 +120,7 @@ impl Switches {
         let said = words(&of, severity);
         let condition = said.map(|(reason, words)| {
             self.began = Some(now);
-            let (evidence, clears, phase) = (evidence(&of), Clears::Reading, Phase::Active);
-            (reason, Condition { words, evidence, since: now, last: now, clears, phase, count: 1, old: false })
+            (reason, Condition::begun(now, words, Clears::Reading, &evidence(&of)))
         });
         self.open.insert(of, (now, condition));
         let strange = said.is_none() && listed(&of.code()).is_none();

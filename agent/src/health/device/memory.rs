@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use berth_types::{Action, Admission, DeviceState, Health, Reason, Scope};
 
-use super::{Device, DeviceInfo, Phase, Settings};
+use super::{Device, DeviceInfo, Phase, Settings, readings::HostLinkWatch};
 use crate::health::{
     catalog::Row,
     condition::{Clears, Origin, Words},
@@ -22,6 +22,8 @@ impl Device {
             (self.resetting, self.reset_done, self.validated) = (None, Some(now), None);
             // Volatile counters, the driver's word and its serial numbers began anew.
             (self.last, self.recovery, self.recovery_line, self.clique) = (None, None, None, None);
+            (self.uncorrected, self.links_seen_down, self.gsp_timeouts) = (None, None, 0);
+            self.host_link = HostLinkWatch::default();
             self.waiting.clear();
             self.traces.clear();
             self.seen.clear();

@@ -1,9 +1,13 @@
 //! One device: its conditions and what it remembers. Pure: each fact comes with its time, effects are
 //! handed back.
 
+mod codes;
+mod counters;
 mod due;
+mod ladder;
 mod memory;
 mod npu;
+mod programs;
 mod readings;
 mod resets;
 mod silence;
@@ -19,9 +23,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     catalog::{self, Row},
-    condition::{Clears, Condition, DAY, Origin, PROBATION, Phase, Words, compose, next_step},
+    condition::{Clears, Condition, DAY, Origin, PROBATION, Phase, WINDOW, Words, compose},
     fact::{DeviceInfo, Reading, ResetStep, What},
 };
+use ladder::CAUSES;
 
 /// What must be done because of a fact.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +43,12 @@ pub enum Effect {
         evidence: String,
     },
     /// Say this, unless another fault of the fabric explains it.
-    FabricNote(String),
+    FabricNote {
+        /// Code and text.
+        evidence: String,
+        /// A program lost by it, and starts again.
+        program: bool,
+    },
     /// Read the deciding values now.
     Reread,
     /// Programs keep failing here; only the node can tell whether it is the device.
@@ -47,22 +57,8 @@ pub enum Effect {
     Trigger(u32),
 }
 
-/// Conditions that the driver's recovery action can be the consequence of.
-const CAUSES: [Reason; 9] = [
-    Reason::DeviceLost,
-    Reason::MemoryUncorrectable,
-    Reason::MemoryRemapPending,
-    Reason::MemoryRemapFailed,
-    Reason::EngineFault,
-    Reason::FirmwareHang,
-    Reason::FabricLinkDown,
-    Reason::PcieFault,
-    Reason::UnknownFault,
-];
 /// A device that cannot be read for so long takes no new replicas.
 const BLIND_LIMIT: Duration = Duration::from_secs(30);
-/// Incidents of one reason within a day that make it a repeated fault.
-const REPEATED: usize = 3;
 
 /// One device's conditions and memory.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -81,6 +77,9 @@ pub struct Device {
     /// When a validation last failed, and when the device last could not be reached.
     invalid: Option<Duration>,
     unreachable: Option<Duration>,
+    /// When links were last seen to be down.
+    #[serde(default)]
+    links_seen_down: Option<Duration>,
     waiting: Vec<xids::Waiting>,
     traces: Vec<xids::Trace>,
     seen: VecDeque<xids::Seen>,
@@ -88,10 +87,21 @@ pub struct Device {
     failures: VecDeque<(Duration, u32)>,
     begun: BTreeMap<Reason, Vec<Duration>>,
     returned: BTreeMap<Reason, Duration>,
-    corrected: VecDeque<(Duration, u64)>,
-    replays: VecDeque<(Duration, u64)>,
+    /// Timeouts of the firmware's processor in the incident that is open.
+    #[serde(default)]
+    gsp_timeouts: u32,
+    /// Volatile uncorrected errors as they were last read.
+    #[serde(default)]
+    uncorrected: Option<u64>,
+    corrected: counters::Counter,
+    replays: counters::Counter,
+    #[serde(default)]
+    host_link: readings::HostLinkWatch,
     clique: Option<FirstClique>,
     npu: npu::Npu,
+    /// Lines of the last instant, for one that is delivered twice.
+    #[serde(skip)]
+    lines: VecDeque<xids::Line>,
     /// Another device of the node has a link down by its own fault.
     #[serde(skip)]
     pub(crate) other_end_blamed: bool,
@@ -183,6 +193,7 @@ impl Device {
             | What::Inventory { .. }
             | What::Killed(_)
             | What::DriverLoaded(_)
+            | What::SlotDown(_)
             | What::LogBlind(_) => {}
         }
     }
@@ -191,9 +202,17 @@ impl Device {
     pub fn tick(&mut self, now: Duration, effects: &mut Vec<Effect>) {
         self.decide_waiting(now, effects);
         self.npu_tick(now, effects);
-        self.conditions.retain(|_, condition| match condition.phase {
-            Phase::Held(until) | Phase::Probation(until) => until > now,
-            Phase::Active => true,
+        let returned = &mut self.returned;
+        self.conditions.retain(|(reason, _), condition| match condition.phase {
+            Phase::Held(until) if until <= now => {
+                // What wanted something done and went by itself has come back all the same.
+                if condition.words.action != Action::None {
+                    returned.insert(*reason, until);
+                }
+                false
+            }
+            Phase::Probation(until) => until > now,
+            Phase::Held(_) | Phase::Active => true,
         });
         if let Some(blind) = self.conditions.get_mut(&(Reason::AgentBlind, Origin::Vendor))
             && now.saturating_sub(blind.since) >= BLIND_LIMIT
@@ -278,7 +297,7 @@ impl Device {
     }
 
     fn lost(&mut self, now: Duration, evidence: &str) {
-        if self.resetting.is_some() {
+        if self.in_reset(now) {
             return;
         }
         if self.is_npu() {
@@ -296,11 +315,17 @@ impl Device {
         let (replaying, probation) = (self.replaying, |open: &Condition| matches!(open.phase, Phase::Probation(_)));
         let open = self.conditions.get_mut(&key).filter(|open| !probation(open) || (replaying && !open.old));
         if let Some(open) = open {
+            // The reading was good again, and the window of the incident is over: this is another.
+            let anew = matches!(open.phase, Phase::Held(_)) && now.saturating_sub(open.last) > WINDOW;
+            let anew = anew && open.words.action != Action::None;
             open.words = open.words.worsened(words);
+            open.own = open.own.map(|(own, clears)| (own.worsened(words), clears));
             (open.last, open.phase) = (now, Phase::Active);
-            open.count = open.count.saturating_add(1);
             if clears == Clears::Probe {
                 open.clears = Clears::Probe;
+            }
+            if anew && self.too_often(now, reason) {
+                self.give_up(now, &format!("{reason} came back"));
             }
         } else {
             let words = self.climbed(now, reason, words);
@@ -315,71 +340,6 @@ impl Device {
     fn end(&mut self, reason: Reason, origin: Origin) {
         self.conditions.remove(&(reason, origin));
     }
-
-    /// The words of a new incident: one step up the ladder when the reason came back too soon.
-    fn climbed(&mut self, now: Duration, reason: Reason, words: Words) -> Words {
-        if words.action == Action::None || self.replaying {
-            return words;
-        }
-        // Ascend's codes say themselves how often is too often.
-        let npu = self.is_npu();
-        // Another code of the same incident is no new one.
-        if self.conditions.iter().any(|((of, origin), open)| {
-            *of == reason && *origin != Origin::Sibling && !matches!(open.phase, Phase::Probation(_))
-        }) {
-            return words;
-        }
-        let recent = |at: Duration| now.saturating_sub(at) <= DAY;
-        let begun = self.begun.entry(reason).or_default();
-        begun.retain(|at| recent(*at));
-        begun.push(now);
-        let often = begun.len() >= REPEATED;
-        let again = self.returned.get(&reason).is_some_and(|at| recent(*at));
-        let words = if again { climb(words, self.grouped()) } else { words };
-        if (often && !npu) || (again && words.action == Action::ServiceHardware) {
-            self.give_up(now, &format!("{reason} came back"));
-        }
-        words
-    }
-
-    fn give_up(&mut self, now: Duration, evidence: &str) {
-        let fresh = || Condition::begun(now, catalog::SERVICE, Clears::Release, evidence);
-        self.conditions.entry((Reason::RepeatedFault, Origin::Vendor)).or_insert_with(fresh);
-    }
-
-    /// The driver's wish joins the fault that explains it.
-    fn absorb(&mut self) {
-        let key = (Reason::ResetRequired, Origin::Recovery);
-        let Some(wish) = self.conditions.get(&key).filter(|wish| wish.phase == Phase::Active).cloned() else { return };
-        let cause = self
-            .conditions
-            .iter_mut()
-            .filter(|((reason, origin), cause)| {
-                CAUSES.contains(reason) && *origin == Origin::Vendor && !matches!(cause.phase, Phase::Probation(_))
-            })
-            .max_by_key(|(_, cause)| (cause.words.health, cause.words.admission, cause.words.action));
-        if let Some((_, cause)) = cause {
-            cause.words = cause.words.worsened(wish.words);
-            cause.phase = Phase::Active;
-            self.conditions.remove(&key);
-        }
-    }
-
-    fn probation(&self, now: Duration, reason: Reason) -> Duration {
-        let begun = self
-            .begun
-            .get(&reason)
-            .map_or(0, |begun| begun.iter().filter(|at| now.saturating_sub(**at) <= DAY).count());
-        let doubled = u32::try_from(begun.saturating_sub(1)).unwrap_or(u32::MAX).min(16);
-        self.settings.probation.saturating_mul(1 << doubled).min(DAY)
-    }
-}
-
-/// One step up; from a reset on, a step that did not help bars the device.
-fn climb(words: Words, grouped: bool) -> Words {
-    let admission = if words.action >= Action::ResetDevice { Admission::Barred } else { words.admission };
-    let health = if admission == Admission::Barred { Health::Unhealthy } else { words.health };
-    Words { health, admission, action: next_step(words.action, grouped), scope: words.scope }
 }
 
 /// Whether a fault from the log of the past still holds by what the device says now.

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use berth_types::{Action, Admission, Health, Reason};
 
-use super::{CAUSES, Device, Effect, Phase, ResetStep, climb};
+use super::{
+    Device, Effect, Phase, ResetStep,
+    ladder::{CAUSES, climb},
+};
 use crate::health::{
     catalog,
     condition::{Clears, Condition, Origin, Words, next_step},
@@ -32,6 +35,9 @@ impl Device {
     /// The recovery action is `value`.
     pub(super) fn recovery_value(&mut self, now: Duration, value: u32, evidence: &str) {
         let before = self.recovery.replace(value);
+        if before != Some(value) {
+            self.unburden();
+        }
         let row = catalog::recovery(value);
         let reset_began = |since: Duration| self.resetting.or(self.reset_done).is_some_and(|at| at >= since);
         let latched = self.conditions.get(&(Reason::ResetRequired, Origin::Recovery));
@@ -65,6 +71,24 @@ impl Device {
             }
         }
         self.absorb();
+    }
+
+    /// The driver says something else than before: what its wish made worse is as it was, unless a reset has begun to
+    /// answer it.
+    fn unburden(&mut self) {
+        let reset = self.resetting.or(self.reset_done);
+        let active = self.conditions.values_mut().filter(|condition| condition.phase == Phase::Active);
+        for condition in active.filter(|condition| reset.is_none_or(|at| at < condition.since)) {
+            if let Some(own) = condition.own.take() {
+                (condition.words, condition.clears) = own;
+            }
+        }
+    }
+
+    /// Whether an ordered reset goes on; one that was not heard of again is over.
+    pub(super) fn in_reset(&mut self, now: Duration) -> bool {
+        self.resetting = self.resetting.filter(|at| now.saturating_sub(*at) <= RESET_LIMIT);
+        self.resetting.is_some()
     }
 
     pub(super) fn reset(&mut self, now: Duration, step: ResetStep, effects: &mut Vec<Effect>) {
@@ -113,7 +137,7 @@ impl Device {
                 (words.health, words.admission) = (before.health, before.admission);
             }
             condition.words = before.worsened(words);
-            condition.phase = Phase::Active;
+            (condition.phase, condition.own) = (Phase::Active, None);
             condition.evidence = format!("{}; {how}", condition.evidence);
             worn |= condition.words.action == Action::ServiceHardware && before.action != Action::ServiceHardware;
         }
@@ -124,27 +148,26 @@ impl Device {
 
     /// Starts probation, once validation passed and the device's own values are good.
     pub(super) fn come_back(&mut self, now: Duration) {
-        if self.resetting.is_some_and(|at| now.saturating_sub(at) > RESET_LIMIT) {
-            self.resetting = None;
-        }
+        let resetting = self.in_reset(now);
         let Some(validated) = self.validated.filter(|at| now.saturating_sub(*at) <= TRUST) else { return };
         let Some(begun) = self.good_reading() else { return };
         let fresh = self.reset_done.is_none_or(|done| begun >= done);
-        if !fresh || begun.saturating_add(TRUST) < validated || self.resetting.is_some() {
+        if !fresh || begun.saturating_add(TRUST) < validated || resetting {
             return;
         }
         self.validated = None;
         let returning: Vec<_> = self
             .conditions
             .iter()
-            .filter(|((_, origin), condition)| {
+            .filter(|((reason, origin), condition)| {
                 if self.holds(*origin) {
                     return false;
                 }
                 let probed = condition.clears == Clears::Probe
                     || (condition.clears == Clears::ReadingHeld && condition.words.action == Action::RestartWorkload);
                 // What came after the probe was not probed.
-                probed && condition.last <= validated && !matches!(condition.phase, Phase::Probation(_))
+                let late = condition.last > validated || matches!(condition.phase, Phase::Probation(_));
+                probed && !late && self.proven(*reason, condition)
             })
             .map(|(key, _)| *key)
             .collect();
@@ -160,6 +183,23 @@ impl Device {
                     self.returned.insert(key.0, now);
                 }
             }
+        }
+    }
+
+    /// Whether a validation can end this fault: something was done to the device since, or it was seen to have passed;
+    /// and nothing that is read says that it goes on.
+    fn proven(&self, reason: Reason, condition: &Condition) -> bool {
+        // An alarm of Ascend's has left the list by now.
+        let Some(last) = &self.last else { return true };
+        let since = |at: Option<Duration>| at.is_some_and(|at| at >= condition.since);
+        match reason {
+            Reason::DeviceLost => since(self.reset_done) || since(self.unreachable),
+            Reason::FabricLinkDown => {
+                let up = last.down().is_empty() && !last.links_down.unknown();
+                up && (since(self.reset_done) || since(self.links_seen_down))
+            }
+            Reason::ThermalCritical => !last.too_hot() && !last.temperature.unknown(),
+            _ => since(self.reset_done) || condition.words.action < Action::ResetDevice,
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use berth_types::{Action, Admission, Health, Reason, Scope};
 use serde::{Deserialize, Serialize};
 
-use super::{Device, Effect, Phase};
+use super::{Device, Effect, Phase, readings::WORN};
 use crate::health::{
     alarms::{self, Level},
     catalog::{self, Row},
@@ -26,6 +26,8 @@ const RETRY: [i32; 3] = [-8006, -8017, -8020];
 const BROKEN: [i32; 4] = [12, 13, 18, 999];
 /// Health of a device that is absent or not started.
 const GONE: u32 = u32::MAX;
+/// The worst health that a device can have.
+const WORST: u32 = 3;
 /// Started.
 const BOOTED: u32 = 16;
 /// A second look that must say the same comes no sooner.
@@ -98,6 +100,9 @@ impl Device {
         match reading.health {
             Read::Value(GONE) => self.lost_npu(now, "DCMI health 0xFFFFFFFF (absent or not started)"),
             Read::Failed(NOT_EXIST) => self.lost_npu(now, "DCMI -8008 (device does not exist)"),
+            Read::Absent | Read::Missed if reading.codes == Read::Failed(NOT_EXIST) => {
+                self.lost_npu(now, "DCMI -8008 (device does not exist)");
+            }
             Read::Failed(NOT_READY) if self.card_dropped() => self.lost_npu(now, "DCMI -8012, 0x40F84E00"),
             _ => {}
         }
@@ -235,6 +240,29 @@ impl Device {
         }
     }
 
+    /// Links whose errors grow faster than those of a good one ever do.
+    pub(super) fn read_links_errors(&mut self, reading: &NpuReading, now: Duration) {
+        if let Read::Value(errors) = reading.host_errors {
+            self.npu.host_errors.take(now, errors);
+            let row = Row { reason: Reason::PcieFault, words: catalog::WATCH, clears: Clears::Reading };
+            self.worn(now, row, self.npu.host_errors.growth(), "errors on the host link");
+        }
+        if let Read::Value(errors) = reading.fabric_errors {
+            self.npu.fabric_errors.take(now, errors);
+            let row = Row { reason: Reason::FabricDegraded, words: catalog::FABRIC, clears: Clears::Reading };
+            self.worn(now, row, self.npu.fabric_errors.growth(), "damaged and repeated packets on the scale-up links");
+        }
+    }
+
+    fn worn(&mut self, now: Duration, row: Row, growth: u64, what: &str) {
+        let known = self.conditions.contains_key(&(row.reason, Origin::Vendor));
+        if growth < WORN {
+            self.end(row.reason, Origin::Vendor);
+        } else if !known && !self.npu.silence.expected(now) {
+            self.begin(now, row, Origin::Vendor, &format!("{growth} {what} in 10 min"));
+        }
+    }
+
     /// When the last reading began, if it lets the device come back.
     pub(super) fn npu_good(&self) -> Option<Duration> {
         let last = self.npu.last.as_ref()?;
@@ -269,6 +297,15 @@ impl NpuReading {
     /// A deciding value that did not come in time or failed for good: its name and what happened.
     #[must_use]
     pub fn blind(&self) -> Option<String> {
+        if let Read::Value(health) = self.health
+            && health > WORST
+            && health != GONE
+        {
+            return Some(format!("health: DCMI says {health}, which means nothing"));
+        }
+        if self.health == Read::Absent && self.codes == Read::Absent {
+            return Some("this driver tells neither health nor codes".to_owned());
+        }
         let named = |name: &str, failed: Option<i32>, missed: bool| {
             let failed = failed.map(|code| format!("{name}: DCMI {code}"));
             failed.or_else(|| missed.then(|| format!("{name}: no answer in time")))

@@ -1,4 +1,4 @@
-//! XIDs and events of one device: what each begins, joins or only notes.
+//! XIDs and events of one device: what each begins or joins. What programs do is told in `programs`.
 
 use std::time::Duration;
 
@@ -8,23 +8,25 @@ use serde::{Deserialize, Serialize};
 use super::{Device, Effect};
 use crate::health::{
     catalog::{self, Row, Treat},
-    condition::{Clears, DAY, Origin, WINDOW, Words},
+    condition::{Clears, Origin, Phase, WINDOW, Words},
     fact::{Source, Xid},
     nvlink,
 };
 
 /// How long a note waits for the process's number, and a disputed code for the driver's word. Well below
 /// the 250 ms in which a report must leave.
-const PATIENCE: Duration = Duration::from_millis(150);
+pub(super) const PATIENCE: Duration = Duration::from_millis(150);
 /// A line and an event of one number within this are one XID.
-const SAME: Duration = Duration::from_secs(2);
-/// Processes that must fail on one device before it is suspected.
-const SUSPICIOUS: usize = 4;
+pub(super) const SAME: Duration = Duration::from_secs(2);
+/// The very same line again within this is one record that was delivered twice.
+const INSTANT: Duration = Duration::from_millis(20);
+/// Lines that are remembered for [`INSTANT`].
+const LINES: usize = 16;
 /// GSP timeouts of one incident after which nothing may stay on the device.
 const SILENT: u32 = 3;
 /// Notes, and XIDs told by one source, that a device remembers at once: a storm on one device costs no more per line
 /// the longer it lasts.
-const REMEMBERED: usize = 64;
+pub(super) const REMEMBERED: usize = 64;
 
 /// What is decided a little later.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,8 +37,13 @@ pub(super) enum Waiting {
     Driver { xid: Xid, firm: Row, soft: Option<Row>, at: Duration, until: Duration },
     /// An event of a link whose line may tell which end is at fault.
     Line { xid: Xid, row: Row, until: Duration },
-    /// A link error that follows from another.
-    Secondary { evidence: String, until: Duration },
+    /// A link error that follows from another; `program` = one by which a program lost.
+    Secondary {
+        evidence: String,
+        #[serde(default)]
+        program: bool,
+        until: Duration,
+    },
 }
 
 impl Waiting {
@@ -53,9 +60,9 @@ impl Waiting {
 /// A note that was made: later facts of the same kind join it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Trace {
-    number: u16,
-    pid: Option<u32>,
-    last: Duration,
+    pub(super) number: u16,
+    pub(super) pid: Option<u32>,
+    pub(super) last: Duration,
 }
 
 /// An XID that one source told of and the other may still tell of.
@@ -66,10 +73,16 @@ pub(super) struct Seen {
     at: Duration,
 }
 
+/// A line of the kernel log, and when it came.
+pub(super) type Line = (Duration, Xid);
+
 impl Device {
     pub(super) fn xid(&mut self, now: Duration, xid: &Xid, effects: &mut Vec<Effect>) {
         if self.replaying {
             return self.replay(now, xid);
+        }
+        if self.delivered_again(now, xid) {
+            return;
         }
         if self.told_twice(now, xid) {
             return self.refine(now, xid, effects);
@@ -78,12 +91,7 @@ impl Device {
             Treat::Count => {}
             Treat::Note => self.program(now, xid, effects),
             Treat::Torn => self.torn(now, xid, effects),
-            Treat::Contained => {
-                if !self.traced(now, |trace| trace.number == 94) {
-                    self.remember(Trace { number: 94, pid: xid.pid, last: now });
-                    self.note_soon(now, xid, Reason::MemoryUncorrectable, effects);
-                }
-            }
+            Treat::Contained => self.contained(now, xid, effects),
             Treat::Device(row) if nvlink::line_decides(xid) => {
                 let until = now.saturating_add(PATIENCE);
                 self.waiting.push(Waiting::Line { xid: xid.clone(), row, until });
@@ -116,9 +124,26 @@ impl Device {
         if let Treat::Device(row) | Treat::Driver(row, _) = catalog::treat(xid.number)
             && row.reason != Reason::UnknownFault
             && row.reason != Reason::FabricDegraded
+            && nvlink::judge(xid, self.branch()) == nvlink::Verdict::Ours
         {
             self.begin(now, row, Origin::Vendor, &xid.evidence());
         }
+    }
+
+    /// A record may be delivered twice, as when the log is opened again; its second delivery says nothing.
+    fn delivered_again(&mut self, now: Duration, xid: &Xid) -> bool {
+        if xid.source != Source::KernelLog {
+            return false;
+        }
+        self.lines.retain(|(at, _)| now.saturating_sub(*at) <= INSTANT);
+        let again = self.lines.iter().any(|(_, known)| known == xid);
+        if !again {
+            if self.lines.len() >= LINES {
+                self.lines.pop_front();
+            }
+            self.lines.push_back((now, xid.clone()));
+        }
+        again
     }
 
     fn told_twice(&mut self, now: Duration, xid: &Xid) -> bool {
@@ -149,6 +174,14 @@ impl Device {
             self.device_row(now, xid, row);
             effects.push(Effect::Reread);
         }
+        for waiting in &mut self.waiting {
+            if let Waiting::Driver { xid: known, .. } = waiting
+                && known.number == xid.number
+                && known.source == Source::Event
+            {
+                *known = xid.clone();
+            }
+        }
         let mut ready = Vec::new();
         for waiting in &mut self.waiting {
             if let Waiting::Note { xid: known, until, .. } = waiting
@@ -167,8 +200,9 @@ impl Device {
     }
 
     fn device_row(&mut self, now: Duration, xid: &Xid, row: Row) {
-        let branch = self.info.as_ref().and_then(|info| info.driver_branch);
-        match nvlink::judge(xid, branch) {
+        let hang = (Reason::FirmwareHang, Origin::Vendor);
+        let hung = self.conditions.get(&hang).is_some_and(|open| !matches!(open.phase, Phase::Probation(_)));
+        match nvlink::judge(xid, self.branch()) {
             nvlink::Verdict::Peer => {
                 // Nothing is wrong here but the link, and that is the other end's to repair.
                 let words = Words { admission: Admission::Draining, ..catalog::WATCH };
@@ -180,16 +214,37 @@ impl Device {
                 let row = Row { reason: Reason::FabricDegraded, words: catalog::FABRIC, clears: Clears::Reading };
                 self.begin(now, row, Origin::Vendor, &xid.evidence());
             }
-            nvlink::Verdict::Secondary => {
-                let until = now.saturating_add(PATIENCE);
-                self.waiting.push(Waiting::Secondary { evidence: xid.evidence(), until });
-            }
+            nvlink::Verdict::Secondary => self.secondary(now, xid, false),
+            nvlink::Verdict::Program => self.secondary(now, xid, true),
             nvlink::Verdict::Ignored => {}
         }
-        let hang = self.conditions.get_mut(&(Reason::FirmwareHang, Origin::Vendor));
-        if let Some(hang) = hang.filter(|hang| hang.count >= SILENT && matches!(xid.number, 119 | 120)) {
-            hang.words.admission = Admission::Barred;
+        if matches!(xid.number, 119 | 120) {
+            self.gsp_timeouts = if hung { self.gsp_timeouts.saturating_add(1) } else { 1 };
+            if let Some(hang) = self.conditions.get_mut(&hang).filter(|_| self.gsp_timeouts >= SILENT) {
+                hang.words.admission = Admission::Barred;
+            }
+        } else if !hung {
+            self.gsp_timeouts = 0;
         }
+    }
+
+    fn branch(&self) -> Option<u16> {
+        self.info.as_ref().and_then(|info| info.driver_branch)
+    }
+
+    /// A link error that follows from another: said a little later, if nothing explains it by then.
+    fn secondary(&mut self, now: Duration, xid: &Xid, program: bool) {
+        if !self.traced(now, |trace| trace.number == xid.number && trace.pid == xid.pid) {
+            self.remember(Trace { number: xid.number, pid: xid.pid, last: now });
+            let until = now.saturating_add(PATIENCE);
+            self.waiting.push(Waiting::Secondary { evidence: xid.evidence(), program, until });
+        }
+    }
+
+    /// Whether a link error of the last minute said that its cause is elsewhere.
+    pub(super) fn follows_another(&self, now: Duration) -> bool {
+        let link = |trace: &Trace| matches!(trace.number, 74 | 144..=150) && now.saturating_sub(trace.last) <= WINDOW;
+        self.traces.iter().any(link)
     }
 
     /// Whether a line may still tell which end of a link is at fault.
@@ -197,87 +252,19 @@ impl Device {
         self.waiting.iter().any(|waiting| matches!(waiting, Waiting::Line { .. }))
     }
 
-    /// A program's own error, unless something else explains it.
-    fn program(&mut self, now: Duration, xid: &Xid, effects: &mut Vec<Effect>) {
-        if self.explained(now) {
-            return;
-        }
-        let follows = xid.number == 43 && self.traced(now, |trace| matches!(trace.number, 13 | 31));
-        let same = |trace: &mut Trace| {
-            trace.number == xid.number && (trace.pid == xid.pid || trace.pid.is_none() || xid.pid.is_none())
-        };
-        if follows || self.traced(now, same) {
-            return;
-        }
-        self.remember(Trace { number: xid.number, pid: xid.pid, last: now });
-        self.note_soon(now, xid, Reason::ProcessFault, effects);
-    }
-
-    /// Channels torn down: a victim of what came before.
-    fn torn(&mut self, now: Duration, xid: &Xid, effects: &mut Vec<Effect>) {
-        let mut named = false;
-        for waiting in &mut self.waiting {
-            if let Waiting::Note { xid: known, until, .. } = waiting
-                && known.pid.is_none()
-                && xid.pid.is_some()
-            {
-                (known.pid, known.process) = (xid.pid, xid.process.clone());
-                (*until, named) = (now, true);
-            }
-        }
-        if named {
-            self.decide_waiting(now, effects);
-        }
-        if !self.explained(now) && !self.traced(now, |_| true) {
-            self.remember(Trace { number: xid.number, pid: xid.pid, last: now });
-            self.note_soon(now, xid, Reason::ProcessFault, effects);
-        }
-    }
-
-    /// Whether a device-level fault of the last minute explains what programs say; it goes on if so.
-    fn explained(&mut self, now: Duration) -> bool {
-        let mut explained = false;
-        for ((reason, _), condition) in &mut self.conditions {
-            let weak = matches!(reason, Reason::AgentBlind | Reason::ThermalThrottle | Reason::RepeatedFault);
-            if !weak && condition.words.scope != Scope::Process && condition.explains(now) {
-                condition.last = now;
-                explained = true;
-            }
-        }
-        explained
-    }
-
-    fn traced(&mut self, now: Duration, mut joins: impl FnMut(&mut Trace) -> bool) -> bool {
-        self.traces.retain(|trace| now.saturating_sub(trace.last) <= WINDOW);
-        let mut found = false;
-        for trace in self.traces.iter_mut() {
-            if joins(trace) {
-                (trace.last, found) = (now, true);
-            }
-        }
-        found
-    }
-
-    /// Keeps a note for later facts to join, in the place of the one that was longest without any.
-    fn remember(&mut self, trace: Trace) {
-        if self.traces.len() >= REMEMBERED
-            && let Some((oldest, _)) = self.traces.iter().enumerate().min_by_key(|(_, trace)| trace.last)
-        {
-            self.traces.swap_remove(oldest);
-        }
-        self.traces.push(trace);
-    }
-
-    fn note_soon(&mut self, now: Duration, xid: &Xid, reason: Reason, effects: &mut Vec<Effect>) {
-        let until = if xid.pid.is_some() { now } else { now.saturating_add(PATIENCE) };
-        self.waiting.push(Waiting::Note { xid: xid.clone(), reason, until });
-        self.decide_waiting(now, effects);
-    }
-
     fn ask_driver(&mut self, now: Duration, xid: &Xid, firm: Row, soft: Option<Row>, effects: &mut Vec<Effect>) {
+        effects.push(Effect::Reread);
+        let asked =
+            |waiting: &Waiting| matches!(waiting, Waiting::Driver { xid: known, .. } if known.number == xid.number);
+        let noted = soft.is_none() && self.traced(now, |trace| trace.number == xid.number);
+        if noted || self.waiting.iter().any(asked) {
+            return;
+        }
+        if soft.is_none() {
+            self.remember(Trace { number: xid.number, pid: xid.pid, last: now });
+        }
         let until = now.saturating_add(PATIENCE);
         self.waiting.push(Waiting::Driver { xid: xid.clone(), firm, soft, at: now, until });
-        effects.push(Effect::Reread);
     }
 
     /// Decides what waited: at its time, or when the driver's word came.
@@ -285,7 +272,9 @@ impl Device {
         for waiting in std::mem::take(&mut self.waiting) {
             match waiting {
                 Waiting::Note { xid, reason, until } if until <= now => self.say(now, &xid, reason, effects),
-                Waiting::Secondary { evidence, until } if until <= now => effects.push(Effect::FabricNote(evidence)),
+                Waiting::Secondary { evidence, program, until } if until <= now => {
+                    effects.push(Effect::FabricNote { evidence, program });
+                }
                 Waiting::Line { xid, row, until } if until <= now => {
                     self.device_row(now, &xid, row);
                     effects.push(Effect::Reread);
@@ -329,24 +318,6 @@ impl Device {
                 self.begin(now, Row { words, ..firm }, Origin::Vendor, &xid.evidence());
             }
             _ => self.begin(now, firm, Origin::Vendor, &xid.evidence()),
-        }
-    }
-
-    fn say(&mut self, now: Duration, xid: &Xid, reason: Reason, effects: &mut Vec<Effect>) {
-        effects.push(Effect::Note {
-            reason,
-            action: Action::RestartWorkload,
-            scope: Scope::Process,
-            evidence: xid.evidence(),
-        });
-        let Some(pid) = xid.pid.filter(|_| matches!(xid.number, 13 | 31)) else { return };
-        self.failures.retain(|(at, known)| now.saturating_sub(*at) <= DAY && *known != pid);
-        self.failures.push_back((now, pid));
-        if self.failures.len() > SUSPICIOUS {
-            self.failures.pop_front();
-        }
-        if self.failures.len() >= SUSPICIOUS {
-            effects.push(Effect::Suspect);
         }
     }
 }

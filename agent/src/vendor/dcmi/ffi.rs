@@ -14,8 +14,8 @@ use libloading::Library;
 
 use super::{
     layout::{
-        ChipInfo, DieId, DmsEvent, EccInfo, Elabel, Event, Filter, HbmInfo, LqEvent, LqFilter, PcieInfo, Spod,
-        Utilizations,
+        ChipInfo, DieId, DmsEvent, EccInfo, Elabel, Event, Filter, HbmInfo, HccsCounters, HccsCountersOld, LqEvent,
+        LqFilter, PcieErrors, PcieInfo, Spod, Utilizations,
     },
     queue,
 };
@@ -33,6 +33,8 @@ const ROOM_INT: c_int = 128;
 const ROOM_UINT: c_uint = 128;
 /// `DCMI_MAIN_CMD_CHIP_INF`, `DCMI_CHIP_INF_SUB_CMD_SPOD_INFO`.
 const SPOD: (c_uint, c_uint) = (12, 1);
+/// `DCMI_MAIN_CMD_HCCS` with its counters of 64 bits, and those of 32 that older drivers have.
+const HCCS: (c_uint, c_uint, c_uint) = (16, 5, 3);
 /// `DCMI_DEVICE_TYPE_HBM` of the ECC call.
 const HBM: c_uint = 2;
 /// `INBAND_CHANNEL` of the reset call: the one that needs no other machine.
@@ -132,6 +134,7 @@ library! {
         network_2 = b"dcmiv2_get_device_network_health\0": fn(c_int, *mut c_uint);
         ecc = b"dcmi_get_device_ecc_info\0": fn(c_int, c_int, c_uint, *mut EccInfo);
         ecc_2 = b"dcmiv2_get_device_ecc_info\0": fn(c_int, c_uint, *mut EccInfo);
+        pcie_errors = b"dcmi_get_device_pcie_error_cnt\0": fn(c_int, c_int, *mut PcieErrors);
         physical = b"dcmi_get_device_phyid_from_logicid\0": fn(c_uint, *mut c_uint);
         physical_2 = b"dcmiv2_get_chip_phy_id_by_dev_id\0": fn(c_int, *mut c_uint);
         temperature = b"dcmi_get_device_temperature\0": fn(c_int, c_int, *mut c_int);
@@ -474,6 +477,33 @@ impl Api {
         let mut info = zeroed!(EccInfo);
         let code = ask!(at, self.ecc, self.ecc_2, HBM, &raw mut info);
         ok(code, info)
+    }
+
+    /// Damaged packets on the link to the host since the chip started; the first generation only.
+    pub(super) fn host_errors(&self, at: At) -> Result<u64, Code> {
+        let At::First { card, device } = at else { return Err(NOT_SUPPORT) };
+        let function = self.pcie_errors.ok_or(NOT_SUPPORT)?;
+        let mut info = zeroed!(PcieErrors);
+        // SAFETY: `info` has the vendor's layout and is ours for the call.
+        ok(unsafe { function(card, device, &raw mut info) }, ())?;
+        let counters = [info.symbol_unlock, info.received, info.lanes, info.link_crc, info.data_crc];
+        Ok(counters.into_iter().map(u64::from).sum())
+    }
+
+    /// Damaged and repeated packets on the scale-up links since the chip started.
+    pub(super) fn fabric_errors(&self, at: At) -> Result<u64, Code> {
+        let mut info = zeroed!(HccsCounters);
+        let mut size: c_uint = 1024;
+        let out: *mut HccsCounters = &raw mut info;
+        let code = ask!(at, self.info, self.info_2, HCCS.0, HCCS.1, out.cast(), &raw mut size);
+        if code == OK {
+            return Ok(info.crc.into_iter().chain(info.retries).fold(0, u64::saturating_add));
+        }
+        let mut info = zeroed!(HccsCountersOld);
+        let mut size: c_uint = 512;
+        let out: *mut HccsCountersOld = &raw mut info;
+        let code = ask!(at, self.info, self.info_2, HCCS.0, HCCS.2, out.cast(), &raw mut size);
+        ok(code, info.crc.into_iter().chain(info.retries).map(u64::from).sum())
     }
 
     /// Subscribes to the events of all devices; they arrive in [`queue`].

@@ -88,6 +88,38 @@ pub(super) struct EccInfo {
     pub(super) double_next: u32,
 }
 
+/// `struct dcmi_hccs_statistic_info_u64`: counters of 16 links each.
+#[repr(C)]
+pub(super) struct HccsCounters {
+    pub(super) sent: [u64; 16],
+    pub(super) received: [u64; 16],
+    pub(super) crc: [u64; 16],
+    pub(super) retries: [u64; 16],
+    pub(super) reserve: [u64; 64],
+}
+
+/// `struct dcmi_hccs_statistic_info`, of older drivers.
+#[repr(C)]
+pub(super) struct HccsCountersOld {
+    pub(super) sent: [u32; 16],
+    pub(super) received: [u32; 16],
+    pub(super) crc: [u32; 16],
+    pub(super) retries: [u32; 16],
+    pub(super) reserve: [u32; 64],
+}
+
+/// `struct dcmi_chip_pcie_err_rate`: states of registers, and counters of what was damaged.
+#[repr(C)]
+pub(super) struct PcieErrors {
+    pub(super) states: [u32; 4],
+    pub(super) symbol_unlock: u32,
+    pub(super) received: u32,
+    pub(super) lanes: u32,
+    pub(super) more_states: [u32; 3],
+    pub(super) link_crc: u32,
+    pub(super) data_crc: u32,
+}
+
 /// `struct dcmi_event_filter`, passed by value.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -174,6 +206,9 @@ mod tests {
             (size_of::<DieId>(), 20),
             (size_of::<Spod>(), 48),
             (size_of::<EccInfo>(), 36),
+            (size_of::<HccsCounters>(), 1024),
+            (size_of::<HccsCountersOld>(), 512),
+            (size_of::<PcieErrors>(), 48),
             (size_of::<Filter>(), 48),
             (size_of::<DmsEvent>(), 352),
             (size_of::<Event>(), 360),
@@ -196,6 +231,11 @@ mod tests {
             (offset_of!(Spod, id), 8),
             (offset_of!(EccInfo, single_next), 28),
             (offset_of!(EccInfo, double_next), 32),
+            (offset_of!(HccsCounters, crc), 256),
+            (offset_of!(HccsCounters, retries), 384),
+            (offset_of!(HccsCountersOld, crc), 128),
+            (offset_of!(PcieErrors, symbol_unlock), 16),
+            (offset_of!(PcieErrors, link_crc), 40),
             (offset_of!(Filter, severity), 12),
             (offset_of!(Event, fault), 8),
             (offset_of!(DmsEvent, device), 4),

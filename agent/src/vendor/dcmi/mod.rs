@@ -206,10 +206,14 @@ impl Dcmi {
     /// Reads every value of a device onto `slate`, deciding values first, but for those in its skip list.
     fn read(&self, target: &Target, slate: &Slate<NpuReading>, clock: &Clock) {
         for step in STEPS {
-            if !slate.begin(step.name, clock.now()) {
+            let asked = slate.begin(step.name, clock.now());
+            let mut values = slate.values();
+            if !asked {
+                // Left out, as it hung a moment ago: it is not known, which is not the same as well.
+                (step.failed)(&mut values, Failure::Missed);
+                slate.write(values);
                 continue;
             }
-            let mut values = slate.values();
             match (step.read)(&self.api, target.at, &mut values) {
                 Ok(()) | Err(NOT_SUPPORT) => {}
                 Err(code) => (step.failed)(&mut values, Failure::Code(code)),
@@ -274,15 +278,12 @@ impl Readable for Npu {
         let step = STEPS.iter().find(|step| step.name == current);
         // What comes after a call that hangs was not asked.
         let unasked = STEPS.iter().skip_while(|step| step.name != current);
-        unasked.filter(|step| step.deciding).for_each(|step| (step.failed)(&mut values, Failure::Missed));
-        if let Some(step) = step {
-            (step.failed)(&mut values, Failure::Missed);
-        }
+        unasked.for_each(|step| (step.failed)(&mut values, Failure::Missed));
         (values, step.filter(|step| !step.deciding).map(|step| step.name))
     }
 
     fn unread(&self, mut values: NpuReading) -> NpuReading {
-        (values.health, values.codes) = (Read::Missed, Read::Missed);
+        STEPS.iter().for_each(|step| (step.failed)(&mut values, Failure::Missed));
         values
     }
 
@@ -332,6 +333,18 @@ static STEPS: &[Step] = &[
         deciding: false,
         read: |api, at, out| api.next_isolated(at).map(|pages| out.next_isolated = Read::Value(pages)),
         failed: |out, failure| out.next_isolated = failure.into(),
+    },
+    Step {
+        name: "host link",
+        deciding: false,
+        read: |api, at, out| api.host_errors(at).map(|errors| out.host_errors = Read::Value(errors)),
+        failed: |out, failure| out.host_errors = failure.into(),
+    },
+    Step {
+        name: "scale-up links",
+        deciding: false,
+        read: |api, at, out| api.fabric_errors(at).map(|errors| out.fabric_errors = Read::Value(errors)),
+        failed: |out, failure| out.fabric_errors = failure.into(),
     },
     // Last: it is known to hang.
     Step {

@@ -80,16 +80,20 @@ struct FieldValue {
     value: [u8; 8],
 }
 
-/// `nvmlGpuFabricInfo_v2_t`, 36 bytes.
+/// `nvmlGpuFabricInfo_v3_t`, 40 bytes; version 2 is the same without its last field, 36 bytes.
 #[repr(C)]
-struct FabricV2 {
+struct Fabric {
     version: u32,
     cluster: [u8; 16],
     status: Code,
     clique: u32,
     state: u32,
     mask: u32,
+    summary: u8,
 }
+
+/// Size of `nvmlGpuFabricInfo_v2_t`.
+const FABRIC_V2: usize = 36;
 
 /// `nvmlEccSramErrorStatus_v1_t`, 104 bytes.
 #[repr(C)]
@@ -113,7 +117,7 @@ const _: () = assert!(
     size_of::<PciInfo>() == 68
         && size_of::<MemoryV2>() == 40
         && size_of::<FieldValue>() == 40
-        && size_of::<FabricV2>() == 36
+        && size_of::<Fabric>() == 40
         && size_of::<SramStatus>() == 104
         && size_of::<EventData>() == 32
         && size_of::<Utilization>() == 8
@@ -163,6 +167,8 @@ pub(super) struct RawFabric {
     pub(super) clique: u32,
     pub(super) state: u32,
     pub(super) mask: u32,
+    /// 0 = not known, 1 = healthy, 2 = unhealthy.
+    pub(super) summary: u8,
 }
 
 macro_rules! api {
@@ -216,7 +222,7 @@ api! {
     retired = b"nvmlDeviceGetRetiredPagesPendingStatus\0": fn(Raw, *mut c_uint) -> Code;
     fields = b"nvmlDeviceGetFieldValues\0": fn(Raw, c_int, *mut FieldValue) -> Code;
     link = b"nvmlDeviceGetNvLinkState\0": fn(Raw, c_uint, *mut c_uint) -> Code;
-    fabric = b"nvmlDeviceGetGpuFabricInfoV\0": fn(Raw, *mut FabricV2) -> Code;
+    fabric = b"nvmlDeviceGetGpuFabricInfoV\0": fn(Raw, *mut Fabric) -> Code;
     power = b"nvmlDeviceGetPowerUsage\0": fn(Raw, *mut c_uint) -> Code;
     energy = b"nvmlDeviceGetTotalEnergyConsumption\0": fn(Raw, *mut c_ulonglong) -> Code;
     clock = b"nvmlDeviceGetClockInfo\0": fn(Raw, c_uint, *mut c_uint) -> Code;
@@ -224,6 +230,10 @@ api! {
     encoder = b"nvmlDeviceGetEncoderUtilization\0": fn(Raw, *mut c_uint, *mut c_uint) -> Code;
     decoder = b"nvmlDeviceGetDecoderUtilization\0": fn(Raw, *mut c_uint, *mut c_uint) -> Code;
     replays = b"nvmlDeviceGetPcieReplayCounter\0": fn(Raw, *mut c_uint) -> Code;
+    generation = b"nvmlDeviceGetCurrPcieLinkGeneration\0": fn(Raw, *mut c_uint) -> Code;
+    generation_most = b"nvmlDeviceGetMaxPcieLinkGeneration\0": fn(Raw, *mut c_uint) -> Code;
+    lanes = b"nvmlDeviceGetCurrPcieLinkWidth\0": fn(Raw, *mut c_uint) -> Code;
+    lanes_most = b"nvmlDeviceGetMaxPcieLinkWidth\0": fn(Raw, *mut c_uint) -> Code;
     set_create = b"nvmlEventSetCreate\0": fn(*mut Raw) -> Code;
     set_wait = b"nvmlEventSetWait_v2\0": fn(Raw, *mut EventData, c_uint) -> Code;
     supported_events = b"nvmlDeviceGetSupportedEventTypes\0": fn(Raw, *mut c_ulonglong) -> Code;
@@ -376,6 +386,16 @@ impl Api {
         number!(self.replays, c_uint, device.0)
     }
 
+    /// Lanes of the link to the host, and how many device and machine could have together.
+    pub(super) fn lanes(&self, device: Device) -> Result<(u32, u32), Code> {
+        Ok((number!(self.lanes, c_uint, device.0)?, number!(self.lanes_most, c_uint, device.0)?))
+    }
+
+    /// PCIe generation of the link to the host, and the highest that device and machine could have together.
+    pub(super) fn generation(&self, device: Device) -> Result<(u32, u32), Code> {
+        Ok((number!(self.generation, c_uint, device.0)?, number!(self.generation_most, c_uint, device.0)?))
+    }
+
     pub(super) fn temperature(&self, device: Device) -> Result<u32, Code> {
         number!(self.temperature, c_uint, device.0, 0)
     }
@@ -439,12 +459,18 @@ impl Api {
 
     pub(super) fn fabric(&self, device: Device) -> Result<RawFabric, Code> {
         let function = self.fabric.ok_or(NOT_SUPPORTED)?;
-        let version = version(size_of::<FabricV2>(), 2);
-        let mut info = FabricV2 { version, cluster: [0; 16], status: 0, clique: 0, state: 0, mask: 0 };
+        let blank = |version| Fabric { version, cluster: [0; 16], status: 0, clique: 0, state: 0, mask: 0, summary: 0 };
+        let mut info = blank(version(size_of::<Fabric>(), 3));
         // SAFETY: the layout of the version that is set.
-        let code = unsafe { function(device.0, &raw mut info) };
-        let FabricV2 { cluster, status, clique, state, mask, .. } = info;
-        ok(code, RawFabric { cluster, status, clique, state, mask })
+        let mut code = unsafe { function(device.0, &raw mut info) };
+        if code != SUCCESS && code != GPU_IS_LOST {
+            // Drivers before R580 know the shorter version only.
+            info = blank(version(FABRIC_V2, 2));
+            // SAFETY: the shorter version writes no further than the longer one has room.
+            code = unsafe { function(device.0, &raw mut info) };
+        }
+        let Fabric { cluster, status, clique, state, mask, summary, .. } = info;
+        ok(code, RawFabric { cluster, status, clique, state, mask, summary })
     }
 
     pub(super) fn create_set(&self) -> Result<EventSet, Code> {

@@ -18,7 +18,7 @@ use berth_types::Vendor;
 use ffi::{Api, Code, GPU_IS_LOST, NOT_SUPPORTED, RESET_REQUIRED, SUCCESS, TIMEOUT};
 
 use crate::{
-    health::fact::{DeviceInfo, Fabric, PciAddress, Read, Reading, Rows, What},
+    health::fact::{DeviceInfo, Fabric, HostLink, PciAddress, Read, Reading, Rows, What},
     vendor::{
         poll::Readable,
         slate::{Failure, Slate},
@@ -32,8 +32,17 @@ pub const LIBRARY: &str = "libnvidia-ml.so.1";
 const RECOVERY_ACTION: u32 = 230;
 /// `NVML_FI_DEV_PCIE_REPLAY_COUNTER`.
 const PCIE_REPLAYS: u32 = 94;
+/// The fabric's health in one number: unhealthy.
+const UNHEALTHY: u8 = 2;
 /// `NVML_NVLINK_MAX_LINKS`.
 const LINKS: u32 = 36;
+/// First branch of drivers that know the recovery action; one before answers whatever it likes.
+const KNOWS_RECOVERY: u16 = 570;
+/// `NVML_ERROR_INVALID_ARGUMENT`, of a field that the driver does not know; `NVML_ERROR_NO_DATA`.
+const UNKNOWN_FIELD: Code = 2;
+const NO_DATA: Code = 21;
+/// °C that no device of these survives: a sensor that cannot be read says so.
+const IMPLAUSIBLE: u32 = 200;
 /// Codes of a library whose driver went from under it: not initialised, no driver, parts missing, another version, an
 /// error of the system or one that it does not know.
 const STALE: [i32; 7] = [1, 9, 12, 13, 17, 18, 999];
@@ -125,6 +134,13 @@ impl Drop for Nvml {
     }
 }
 
+impl Target {
+    /// Whether its driver is older than the recovery action.
+    fn predates_recovery(&self) -> bool {
+        self.info.driver_branch.is_some_and(|branch| branch < KNOWS_RECOVERY)
+    }
+}
+
 impl Nvml {
     /// Opens and initialises the library at `path`.
     ///
@@ -193,10 +209,14 @@ impl Nvml {
     /// Reads every value of a device onto `slate`, deciding values first, but for those in its skip list.
     pub fn read(&self, target: &Target, slate: &Slate<Reading>, clock: &Clock) {
         for step in STEPS {
-            if !slate.begin(step.name, clock.now()) {
+            let asked = slate.begin(step.name, clock.now());
+            let mut values = slate.values();
+            if !asked {
+                // Left out, as it hung a moment ago: it is not known, which is not the same as well.
+                (step.failed)(&mut values, Failure::Missed);
+                slate.write(values);
                 continue;
             }
-            let mut values = slate.values();
             let code = (step.read)(&self.api, target, &mut values).err().unwrap_or(SUCCESS);
             match code {
                 SUCCESS | NOT_SUPPORTED => {}
@@ -275,7 +295,7 @@ impl Readable for Gpu {
     }
 
     fn unread(&self, mut values: Reading) -> Reading {
-        values.recovery = Read::Missed;
+        STEPS.iter().for_each(|step| (step.failed)(&mut values, Failure::Missed));
         values
     }
 
@@ -298,9 +318,9 @@ impl Readable for Gpu {
 fn give_up(slate: &Slate<Reading>) -> (Reading, Option<&'static str>) {
     let (mut values, current) = (slate.values(), slate.current());
     let step = STEPS.iter().find(|step| step.name == current);
-    if let Some(step) = step {
-        (step.failed)(&mut values, Failure::Missed);
-    }
+    // What comes after a call that hangs was not asked.
+    let unasked = STEPS.iter().skip_while(|step| step.name != current);
+    unasked.for_each(|step| (step.failed)(&mut values, Failure::Missed));
     (values, step.filter(|step| !step.deciding).map(|step| step.name))
 }
 
@@ -311,8 +331,15 @@ struct Step {
     failed: fn(&mut Reading, Failure),
 }
 
-/// A value that decides nothing is then simply not known.
-const fn unknown(_: &mut Reading, _: Failure) {}
+/// A temperature, unless it is none.
+fn plausible(celsius: u32) -> Result<u32, Code> {
+    if celsius > IMPLAUSIBLE { Err(NO_DATA) } else { Ok(celsius) }
+}
+
+/// A counter; all ones is how a driver says that it has none.
+fn counted(count: u64) -> Result<u64, Code> {
+    if count == u64::MAX { Err(NO_DATA) } else { Ok(count) }
+}
 
 /// Every value, in the order of reading.
 static STEPS: &[Step] = &[
@@ -320,7 +347,14 @@ static STEPS: &[Step] = &[
         name: "recovery action",
         deciding: true,
         read: |api, target, out| {
-            let value = api.field(target.handle, RECOVERY_ACTION)?;
+            let value = match api.field(target.handle, RECOVERY_ACTION) {
+                Err(UNKNOWN_FIELD) => return Err(NOT_SUPPORTED),
+                // An older driver does not know the field, and not each says so in the same way.
+                Err(code) if code != GPU_IS_LOST && code != RESET_REQUIRED && target.predates_recovery() => {
+                    return Err(NOT_SUPPORTED);
+                }
+                value => value?,
+            };
             out.recovery = Read::Value(u32::try_from(value).unwrap_or(u32::MAX));
             Ok(())
         },
@@ -344,14 +378,22 @@ static STEPS: &[Step] = &[
     Step {
         name: "uncorrected errors",
         deciding: true,
-        read: |api, target, out| api.ecc(target.handle, 1).map(|count| out.ecc_uncorrected = Read::Value(count)),
+        read: |api, target, out| {
+            let count = api.ecc(target.handle, 1).and_then(counted)?;
+            out.ecc_uncorrected = Read::Value(count);
+            Ok(())
+        },
         failed: |out, failure| out.ecc_uncorrected = failure.into(),
     },
     Step {
         name: "corrected errors",
         deciding: false,
-        read: |api, target, out| api.ecc(target.handle, 0).map(|count| out.ecc_corrected = Read::Value(count)),
-        failed: unknown,
+        read: |api, target, out| {
+            let count = api.ecc(target.handle, 0).and_then(counted)?;
+            out.ecc_corrected = Read::Value(count);
+            Ok(())
+        },
+        failed: |out, failure| out.ecc_corrected = failure.into(),
     },
     Step {
         name: "on-chip memory",
@@ -359,13 +401,17 @@ static STEPS: &[Step] = &[
         read: |api, target, out| {
             api.sram_exceeded(target.handle).map(|exceeded| out.sram_exceeded = Read::Value(exceeded))
         },
-        failed: unknown,
+        failed: |out, failure| out.sram_exceeded = failure.into(),
     },
     Step {
         name: "temperature",
         deciding: false,
-        read: |api, target, out| api.temperature(target.handle).map(|value| out.temperature = Read::Value(value)),
-        failed: unknown,
+        read: |api, target, out| {
+            let celsius = api.temperature(target.handle).and_then(plausible)?;
+            out.temperature = Read::Value(celsius);
+            Ok(())
+        },
+        failed: |out, failure| out.temperature = failure.into(),
     },
     Step {
         name: "temperature thresholds",
@@ -375,32 +421,48 @@ static STEPS: &[Step] = &[
             out.slowdown = Read::Value(api.threshold(target.handle, 1)?);
             Ok(())
         },
-        failed: unknown,
+        failed: |out, failure| (out.shutdown, out.slowdown) = (failure.into(), failure.into()),
     },
     Step {
         name: "clock event reasons",
         deciding: false,
         read: |api, target, out| api.clock_reasons(target.handle).map(|bits| out.clock_reasons = Read::Value(bits)),
-        failed: unknown,
+        failed: |out, failure| out.clock_reasons = failure.into(),
     },
     Step {
         name: "host link",
         deciding: false,
+        read: |api, target, out| {
+            let (lanes, lanes_most) = api.lanes(target.handle)?;
+            // A driver that tells the lanes and no generation has the lanes to go by.
+            let (generation, generation_most) = api.generation(target.handle).unwrap_or_default();
+            out.host_link = Read::Value(HostLink { lanes, lanes_most, generation, generation_most });
+            Ok(())
+        },
+        failed: |out, failure| out.host_link = failure.into(),
+    },
+    Step {
+        name: "host link replays",
+        deciding: false,
         read: |api, target, out| api.field(target.handle, PCIE_REPLAYS).map(|count| out.replays = Read::Value(count)),
-        failed: unknown,
+        failed: |out, failure| out.replays = failure.into(),
     },
     Step {
         name: "links",
         deciding: false,
         read: |api, target, out| {
+            let mut down = Vec::new();
             for link in &target.links {
-                if api.link_up(target.handle, *link) == Ok(false) {
-                    out.links_down.push(*link);
+                match api.link_up(target.handle, *link) {
+                    Ok(true) | Err(NOT_SUPPORTED) => {}
+                    Ok(false) => down.push(*link),
+                    Err(code) => return Err(code),
                 }
             }
+            out.links_down = Read::Value(down);
             Ok(())
         },
-        failed: unknown,
+        failed: |out, failure| out.links_down = failure.into(),
     },
     Step {
         name: "fabric",
@@ -408,10 +470,11 @@ static STEPS: &[Step] = &[
         read: |api, target, out| {
             let fabric = api.fabric(target.handle)?;
             let clique = (fabric.state == 3 && fabric.status == SUCCESS).then_some(fabric.clique);
-            out.fabric = Read::Value(Fabric { clique, unhealthy: mask_says_unhealthy(fabric.mask) });
+            let unhealthy = mask_says_unhealthy(fabric.mask) || fabric.summary == UNHEALTHY;
+            out.fabric = Read::Value(Fabric { clique, unhealthy });
             Ok(())
         },
-        failed: unknown,
+        failed: |out, failure| out.fabric = failure.into(),
     },
 ];
 
@@ -457,5 +520,15 @@ mod tests {
         assert!(slate.begin("temperature", Duration::ZERO));
         let (values, skip) = give_up(&slate);
         assert!(skip == Some("temperature") && values.blind().is_none());
+        assert!(
+            values.temperature == Read::Missed && values.links_down == Read::Missed,
+            "what was not asked is not well"
+        );
+    }
+
+    #[test]
+    fn what_no_sensor_can_mean_is_no_value() {
+        assert_eq!((plausible(110), plausible(255)), (Ok(110), Err(NO_DATA)));
+        assert_eq!((counted(7), counted(u64::MAX)), (Ok(7), Err(NO_DATA)));
     }
 }

@@ -164,8 +164,34 @@ pub struct LqFilter {
     chip: u32,
 }
 
+/// `struct dcmi_hccs_statistic_info_u64`, one entry for each of the chip's 16 link layers.
+#[repr(C)]
+#[derive(Debug)]
+pub struct HccsCounters {
+    sent: [u64; 16],
+    received: [u64; 16],
+    crc: [u64; 16],
+    retries: [u64; 16],
+    reserve: [u64; 64],
+}
+
+/// `struct dcmi_chip_pcie_err_rate`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct PcieErrors {
+    status: [u32; 4],
+    symbol_unlock: u32,
+    received: u32,
+    lanes: u32,
+    more_status: [u32; 3],
+    link_crc: u32,
+    data_crc: u32,
+}
+
 const _: () = assert!(
-    size_of::<ChipInfo>() == 132
+    size_of::<HccsCounters>() == 1024
+        && size_of::<PcieErrors>() == 48
+        && size_of::<ChipInfo>() == 132
         && size_of::<PcieInfo>() == 64
         && size_of::<HbmInfo>() == 32
         && size_of::<Utilizations>() == 48
@@ -400,9 +426,32 @@ both! {
                 let status = device.superpod_status.get(&sdid).copied().unwrap_or(0);
                 unsafe { put(out.cast(), status) }
             }
+            (16, 5) => {
+                let room = if size.is_null() { 0 } else { unsafe { *size } };
+                if room < 1024 {
+                    return Err(INVALID);
+                }
+                let (mut crc, mut retries) = ([0; 16], [0; 16]);
+                (crc[1], retries[1]) = (device.hccs_crc_errors.get()?, device.hccs_retries.get()?);
+                let info = HccsCounters { sent: [0; 16], received: [0; 16], crc, retries, reserve: [0; 64] };
+                unsafe { put(out.cast(), info) }
+            }
             _ => Err(NOT_SUPPORT),
         }
     };
+}
+
+/// # Safety
+/// `out` is valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn dcmi_get_device_pcie_error_cnt(card: c_int, device: c_int, out: *mut PcieErrors) -> c_int {
+    answer("dcmi_get_device_pcie_error_cnt", card, device, |device| {
+        let link_crc = narrow(device.pcie_errors.get()?)?;
+        let (status, more_status) = ([0; 4], [0; 3]);
+        let info = PcieErrors { status, symbol_unlock: 0, received: 0, lanes: 0, more_status, link_crc, data_crc: 0 };
+        // SAFETY: as this function.
+        unsafe { put(out, info) }
+    })
 }
 
 /// Both generations of a call on the library.

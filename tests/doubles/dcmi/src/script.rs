@@ -118,6 +118,12 @@ pub struct Set {
     pub superpod_status: BTreeMap<String, u32>,
     /// Pages that the next reset isolates.
     pub next_isolated: Option<Value>,
+    /// Errors of the link to the host since the chip started.
+    pub pcie_errors: Option<Value>,
+    /// CRC errors of the HCCS links since the chip started.
+    pub hccs_crc_errors: Option<Value>,
+    /// Packets that the HCCS links sent again since the chip started.
+    pub hccs_retries: Option<Value>,
     /// By symbol: how long a call takes.
     #[serde(default)]
     pub hang_ms: BTreeMap<String, u64>,

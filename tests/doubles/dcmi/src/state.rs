@@ -44,6 +44,12 @@ pub struct Device {
     pub boot: Value,
     /// Pages that the next reset isolates.
     pub next_isolated: Value,
+    /// Errors of the link to the host.
+    pub pcie_errors: Value,
+    /// CRC errors of the HCCS links.
+    pub hccs_crc_errors: Value,
+    /// Packets that the HCCS links sent again.
+    pub hccs_retries: Value,
     /// State of the super-pod's nodes, by sdid.
     pub superpod_status: BTreeMap<u32, u32>,
     /// Somebody asks for its events.
@@ -122,6 +128,9 @@ impl Library for State {
             utilization: Value::Number(0),
             boot: Value::Number(16),
             next_isolated: Value::Number(0),
+            pcie_errors: Value::Number(0),
+            hccs_crc_errors: Value::Number(0),
+            hccs_retries: Value::Number(0),
             superpod_status: BTreeMap::new(),
             asked: false,
             hang_ms: BTreeMap::new(),
@@ -236,6 +245,9 @@ impl Device {
             (&mut self.utilization, set.utilization),
             (&mut self.boot, set.boot_status),
             (&mut self.next_isolated, set.next_isolated),
+            (&mut self.pcie_errors, set.pcie_errors),
+            (&mut self.hccs_crc_errors, set.hccs_crc_errors),
+            (&mut self.hccs_retries, set.hccs_retries),
         ];
         for (value, new) in values {
             *value = new.unwrap_or(*value);

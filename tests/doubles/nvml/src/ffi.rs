@@ -300,6 +300,10 @@ number_getter! {
         _ => Err(NOT_SUPPORTED),
     };
     nvmlDeviceGetPcieReplayCounter() -> c_uint => |_| Ok(0);
+    nvmlDeviceGetCurrPcieLinkWidth() -> c_uint => |device| device.lanes[0].get();
+    nvmlDeviceGetMaxPcieLinkWidth() -> c_uint => |device| device.lanes[1].get();
+    nvmlDeviceGetCurrPcieLinkGeneration() -> c_uint => |device| device.generation[0].get();
+    nvmlDeviceGetMaxPcieLinkGeneration() -> c_uint => |device| device.generation[1].get();
     nvmlDeviceGetSupportedEventTypes() -> c_ulonglong => |device| Ok(device.supported);
 }
 

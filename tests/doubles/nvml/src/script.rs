@@ -137,6 +137,14 @@ pub struct Set {
     pub nvlinks: BTreeMap<String, bool>,
     /// NVLink fabric.
     pub fabric: Option<FabricSet>,
+    /// Lanes of the link to the host.
+    pub pcie_width: Option<Value>,
+    /// Lanes that it could have.
+    pub pcie_width_max: Option<Value>,
+    /// PCIe generation of the link to the host.
+    pub pcie_generation: Option<Value>,
+    /// The highest that it could have.
+    pub pcie_generation_max: Option<Value>,
 }
 
 /// Row remapping, or the code that the call answers instead.

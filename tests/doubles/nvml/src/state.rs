@@ -59,6 +59,10 @@ pub struct Device {
     pub links_down: BTreeMap<u32, bool>,
     /// NVLink fabric state.
     pub fabric: FabricSet,
+    /// Lanes of the link to the host, and how many there could be.
+    pub lanes: [Value; 2],
+    /// PCIe generation of the link to the host, and the highest there could be.
+    pub generation: [Value; 2],
     /// Events that it supports.
     pub supported: u64,
     /// Events asked for by the agent.
@@ -122,6 +126,8 @@ impl Library for State {
             temperature: Value::Number(45),
             slowdown: Value::Number(87),
             shutdown: Value::Number(110),
+            lanes: [Value::Number(16); 2],
+            generation: [Value::Number(5); 2],
             fabric: FabricSet {
                 clique: header.fabric.as_ref().map(|fabric| fabric.clique),
                 state: Some(if header.fabric.is_some() { 3 } else { 0 }),
@@ -173,7 +179,12 @@ impl Device {
         for (link, up) in &set.nvlinks {
             self.links_down.insert(number(link)?, !up);
         }
+        let ([lanes, lanes_most], [generation, generation_most]) = (&mut self.lanes, &mut self.generation);
         let values = [
+            (lanes, set.pcie_width),
+            (lanes_most, set.pcie_width_max),
+            (generation, set.pcie_generation),
+            (generation_most, set.pcie_generation_max),
             (&mut self.memory_used, set.memory_used),
             (&mut self.temperature, set.temperature_c),
             (&mut self.power_mw, set.power_mw),
