@@ -110,6 +110,24 @@ pub(crate) struct AgentArgs {
 
 /// Runs until a signal comes.
 pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
+    telemetry::begin("agent", vec![("node", args.node_name.to_string())], &args.log)?;
+    let trace = args.trace.clone();
+    let config = config(args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let stop = shutdown::on_signals()?;
+        export_traces(&trace.otlp_endpoint)?;
+        let client = kube::Client::try_default()
+            .await
+            .context("API server: give the pod a service account, or set KUBECONFIG")?;
+        berth_agent::run(config, client, Clock::real(), stop).await?;
+        anyhow::Ok(())
+    })?;
+    Ok(Verdict::Pass)
+}
+
+/// What the agent is told.
+fn config(args: AgentArgs) -> anyhow::Result<Config> {
     let AgentArgs {
         node_name,
         pod_ip,
@@ -132,10 +150,9 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         pod_namespace,
         idle_probe_seconds,
         state_dir,
-        log,
-        trace,
+        log: _,
+        trace: _,
     } = args;
-    telemetry::begin("agent", vec![("node", node_name.to_string())], &log)?;
     let (namespace, name) = scheduler_lease
         .split_once('/')
         .with_context(|| format!("--scheduler-lease {scheduler_lease:?}: write it as <namespace>/<name>"))?;
@@ -147,7 +164,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         memory: worker_memory,
         threads: worker_threads,
     };
-    let config = Config {
+    Ok(Config {
         node: node_name,
         admin_listen,
         scheduler_lease: (namespace.to_owned(), name.to_owned()),
@@ -163,18 +180,7 @@ pub(crate) fn run(args: AgentArgs) -> anyhow::Result<Verdict> {
         health: Settings { probation: Duration::from_secs(probation_seconds) },
         idle_probe: (idle_probe_seconds > 0).then(|| Duration::from_secs(idle_probe_seconds)),
         state: state_dir.filter(|folder| !folder.as_os_str().is_empty()),
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(async {
-        let stop = shutdown::on_signals()?;
-        export_traces(&trace.otlp_endpoint)?;
-        let client = kube::Client::try_default()
-            .await
-            .context("API server: give the pod a service account, or set KUBECONFIG")?;
-        berth_agent::run(config, client, Clock::real(), stop).await?;
-        anyhow::Ok(())
-    })?;
-    Ok(Verdict::Pass)
+    })
 }
 
 /// The container of the chart's agents that the workers run in.

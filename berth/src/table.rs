@@ -46,8 +46,9 @@ impl Table {
     }
 
     /// Adds a row; an empty cell is written as a dash.
-    pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.rows.push(cells.map(|cell| if cell.is_empty() { "-".to_owned() } else { cell }).into());
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        let dashed = |cell: String| if cell.is_empty() { "-".to_owned() } else { cell };
+        self.rows.push(cells.into_iter().map(dashed).collect());
     }
 }
 

@@ -257,80 +257,75 @@ fn model_rows(devices: &Devices, held: &[Held]) -> Vec<Row> {
     rows.into_values().collect()
 }
 
-/// The rows for people.
-pub(crate) fn text(view: &TopView) -> String {
-    let share = |row: &Row| match row.memory_bytes {
+/// A column: its head, and what it says of a row.
+type Column = (&'static str, fn(&Row) -> String);
+
+const PRODUCT: Column = ("PRODUCT", |row| row.product.clone());
+const DOMAIN: Column = ("DOMAIN", |row| row.domain.clone());
+const INSTANCES: Column = ("INSTANCES", |row| row.instances.to_string());
+const REPLICAS: Column = ("REPLICAS", |row| row.replicas.to_string());
+const EXPERT_BYTES: Column = ("EXPERT BYTES", |row| Bytes(row.expert_bytes).to_string());
+const MEMORY: Column = ("MEMORY", |row| Bytes(row.memory_bytes).to_string());
+const USED: Column = ("USED", used);
+
+const DEVICES: [Column; 11] = [
+    ("DEVICE", |row| row.name.clone()),
+    PRODUCT,
+    DOMAIN,
+    ("HEALTH", |row| row.health.clone()),
+    ("ADMISSION", |row| row.admission.clone()),
+    ("WORKER", |row| row.worker.clone()),
+    INSTANCES,
+    REPLICAS,
+    EXPERT_BYTES,
+    MEMORY,
+    USED,
+];
+
+const NODES: [Column; 9] = [
+    ("NODE", |row| row.name.clone()),
+    PRODUCT,
+    DOMAIN,
+    ("HEALTHY", |row| format!("{}/{}", row.healthy, row.devices)),
+    INSTANCES,
+    REPLICAS,
+    EXPERT_BYTES,
+    MEMORY,
+    USED,
+];
+
+const MODELS: [Column; 8] = [
+    ("MODEL DEPLOYMENT", |row| row.name.clone()),
+    ("MODEL", |row| row.product.clone()),
+    INSTANCES,
+    ("DEVICES", |row| row.devices.to_string()),
+    REPLICAS,
+    EXPERT_BYTES,
+    ("BALANCE", |row| row.balancedness.map_or_else(String::new, |share| format!("{share:.2}"))),
+    ("LOST", |row| row.experts_lost.to_string()),
+];
+
+/// Expert bytes as a share of memory, to a tenth of a percent.
+fn used(row: &Row) -> String {
+    match row.memory_bytes {
         0 => String::new(),
         memory => {
             let tenths = u128::from(row.expert_bytes) * 1000 / u128::from(memory);
             format!("{}.{}%", tenths / 10, tenths % 10)
         }
+    }
+}
+
+/// The rows for people.
+pub(crate) fn text(view: &TopView) -> String {
+    let columns: &[Column] = match view.kind {
+        "devices" => &DEVICES,
+        "nodes" => &NODES,
+        _ => &MODELS,
     };
-    let mut table = match view.kind {
-        "devices" => Table::new(&[
-            "DEVICE",
-            "PRODUCT",
-            "DOMAIN",
-            "HEALTH",
-            "ADMISSION",
-            "WORKER",
-            "INSTANCES",
-            "REPLICAS",
-            "EXPERT BYTES",
-            "MEMORY",
-            "USED",
-        ]),
-        "nodes" => Table::new(&[
-            "NODE",
-            "PRODUCT",
-            "DOMAIN",
-            "HEALTHY",
-            "INSTANCES",
-            "REPLICAS",
-            "EXPERT BYTES",
-            "MEMORY",
-            "USED",
-        ]),
-        _ => Table::new(&[
-            "MODEL DEPLOYMENT",
-            "MODEL",
-            "INSTANCES",
-            "DEVICES",
-            "REPLICAS",
-            "EXPERT BYTES",
-            "BALANCE",
-            "LOST",
-        ]),
-    };
+    let mut table = Table::new(&columns.iter().map(|(head, _)| *head).collect::<Vec<_>>());
     for row in &view.rows {
-        let (bytes, memory) = (Bytes(row.expert_bytes).to_string(), Bytes(row.memory_bytes).to_string());
-        let (instances, replicas) = (row.instances.to_string(), row.replicas.to_string());
-        let (name, product, domain) = (row.name.clone(), row.product.clone(), row.domain.clone());
-        let healthy = format!("{}/{}", row.healthy, row.devices);
-        match view.kind {
-            "devices" => {
-                let [health, admission, worker] = [&row.health, &row.admission, &row.worker].map(Clone::clone);
-                table.row([
-                    name,
-                    product,
-                    domain,
-                    health,
-                    admission,
-                    worker,
-                    instances,
-                    replicas,
-                    bytes,
-                    memory,
-                    share(row),
-                ]);
-            }
-            "nodes" => table.row([name, product, domain, healthy, instances, replicas, bytes, memory, share(row)]),
-            _ => {
-                let balance = row.balancedness.map_or_else(String::new, |share| format!("{share:.2}"));
-                let (devices, lost) = (row.devices.to_string(), row.experts_lost.to_string());
-                table.row([name, product, instances, devices, replicas, bytes, balance, lost]);
-            }
-        }
+        table.row(columns.iter().map(|(_, cell)| cell(row)));
     }
     let mut text = table.to_string();
     if !view.missing.is_empty() {

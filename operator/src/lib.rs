@@ -156,17 +156,12 @@ async fn control(
     let (stores, pumps) = Stores::watch(client, &signals);
     let (publish, grants) = watch::channel(Grants::default());
     let (remember, book) = watch::channel(Arc::<Book>::default());
-    let context = Arc::new(Context {
-        stores: stores.clone(),
-        writes: writes.clone(),
-        runner: runner.clone(),
-        grants,
-        remediation: remediation.clone(),
-        book,
-        clock: clock.clone(),
-        metrics: metrics.clone(),
-        attempts: Mutex::default(),
-    });
+    let roots = runner.roots.clone();
+    let (settings, metrics, clock) = (remediation.clone(), metrics.clone(), clock.clone());
+    let attempts = Mutex::default();
+    let context = Context { stores, writes, runner, grants, remediation, book, clock, metrics, attempts };
+    let context = Arc::new(context);
+    let Context { stores, writes, clock, metrics, .. } = &*context;
     let work = async {
         // Both arms only wait.
         tokio::select! {
@@ -175,25 +170,9 @@ async fn control(
         }
         tracing::info!(deployments = stores.deployments.len(), nodes = stores.nodes.len(), "caches filled");
         signals.capacity.notify_one();
-        let roots = runner.roots.clone();
-        let pass = CapacityPass {
-            stores: &stores,
-            signals: &signals,
-            writes: &writes,
-            clock,
-            metrics,
-            roots: &roots,
-            grants: publish,
-        };
-        let remedies = RemediationPass {
-            stores: &stores,
-            signals: &signals,
-            writes: &writes,
-            clock,
-            settings: &remediation,
-            metrics,
-            book: remember,
-        };
+        let (signals, roots, settings) = (&signals, &roots, &settings);
+        let pass = CapacityPass { stores, signals, writes, clock, metrics, roots, grants: publish };
+        let remedies = RemediationPass { stores, signals, writes, clock, settings, metrics, book: remember };
         tokio::join!(
             pass.keep(&ended),
             remedies.keep(&ended),
