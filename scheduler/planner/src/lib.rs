@@ -30,6 +30,20 @@ pub use problem::{Device, Effort, Goal, Instance, Payback, Problem, Sharing, Sta
 /// # Errors
 /// [`Infeasible`] with what is missing.
 pub fn solve(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Proposed>, Infeasible> {
+    let plan = attempt(problem, previous);
+    let frozen = |device: &Device| device.standing == Standing::Frozen;
+    if plan.is_ok() || previous.is_none() || !problem.devices.iter().any(frozen) {
+        return plan;
+    }
+    // What silent devices hold is in the way of what others must get: it is planned around them.
+    let mut around = problem.clone();
+    for device in around.devices.iter_mut().filter(|device| frozen(device)) {
+        device.standing = Standing::Leaving;
+    }
+    attempt(&around, previous).or(plan)
+}
+
+fn attempt(problem: &Problem, previous: Option<&Layout>) -> Result<Plan<Proposed>, Infeasible> {
     let gang = gang::choose(problem, previous)?;
     let (target, mut certificate, balance) = experts::place(problem, &gang, previous)?;
     let waves = experts::order(problem, &target, previous, gang.survives.copies())?;

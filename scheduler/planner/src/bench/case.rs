@@ -147,8 +147,9 @@ pub(super) fn spots(case: &Case) -> Result<Vec<Spot>, BenchError> {
             for _ in 0..pool.devices_per_node {
                 let card = spots.len();
                 let slots = pool.slots_per_layer;
-                spots
-                    .push(Spot { node, site: Site { slots, speed: pool.speed, node, card, bytes: case.expert_bytes } });
+                let bytes = case.expert_bytes;
+                let site = Site { slots, speed: pool.speed, node, card, bytes, closed: false };
+                spots.push(Spot { node, site });
             }
             node += 1;
         }

@@ -128,6 +128,13 @@ impl<'a> Course<'a> {
                 expected
             }
         };
+        if let (Some(previous), Some((basis, before))) = (&self.previous, &self.basis)
+            && *basis == expected
+            && before == alive
+        {
+            // What a plan says for the problem that it was made for: itself.
+            return previous.clone();
+        }
         let living: Vec<usize> = (0..alive.len()).filter(|at| alive[*at]).collect();
         let sites: Vec<Site> = living.iter().map(|at| self.spots[*at].site.clone()).collect();
         let stayed = |at: usize| self.basis.as_ref().is_none_or(|(_, before)| before[at]);
@@ -141,7 +148,7 @@ impl<'a> Course<'a> {
             duty: Duty { copies: 1, apart: false },
             loads: expected.as_ref().unwrap_or(&even),
             previous: previous.as_deref(),
-            budget: self.budget(&fleet, expected.as_ref(), alive),
+            budget: self.budget(&fleet, alive),
             effort: self.options.effort,
             threads: self.options.threads,
         };
@@ -158,13 +165,9 @@ impl<'a> Course<'a> {
         plan
     }
 
-    /// Nothing moves for balance when nothing changed; after a loss, what its repair leaves of the replicas
-    /// lost; after a guess, all that pays.
-    fn budget(&self, fleet: &Fleet, expected: Option<&Window>, alive: &[bool]) -> Budget {
+    /// After a loss, what its repair leaves of the replicas lost; after a guess, all that pays.
+    fn budget(&self, fleet: &Fleet, alive: &[bool]) -> Budget {
         let Some((basis, before)) = &self.basis else { return Budget::NONE };
-        if basis.as_ref() == expected && before == alive {
-            return Budget::NONE;
-        }
         let slots = fleet.slots() * self.case.layers;
         let price = PRICE / (num::real_size(slots.max(1)) * num::real(self.case.expert_bytes.max(1)));
         let moves = self.options.moved_percent.map(|percent| slots * num::index(percent) / 100);

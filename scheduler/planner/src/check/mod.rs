@@ -14,7 +14,7 @@ use berth_types::{DeviceId, ExpertId, LayerId};
 use crate::{
     num,
     plan::{Checked, Layout, Plan, Proposed},
-    problem::Problem,
+    problem::{Problem, Standing},
 };
 use claims::{claims, weights};
 use devices::{bytes, choice, devices};
@@ -58,7 +58,9 @@ pub fn findings(problem: &Problem, previous: Option<&Layout>, plan: &Plan<Propos
     weights(problem, decision, &mut found);
     let mut before = pairs(problem.held.iter().chain(previous));
     for (wave, layout) in decision.waves.iter().enumerate() {
-        rows(problem, layout, wave, &mut found);
+        // What was lost may wait for a later wave; the last has all.
+        let living = (wave + 1 < decision.waves.len()).then(|| living(problem, &before));
+        rows(problem, layout, wave, living.as_ref(), &mut found);
         devices(problem, layout, wave, &before, &mut found);
         bytes(problem, layout, wave, &before, decision.waves.last(), &mut found);
         before = pairs(std::iter::once(layout));
@@ -70,6 +72,15 @@ pub fn findings(problem: &Problem, previous: Option<&Layout>, plan: &Plan<Propos
         choice(problem, last, previous.is_some(), &mut found);
     }
     found
+}
+
+/// Experts that had a replica on a device that is not gone.
+fn living(problem: &Problem, before: &Pairs) -> BTreeSet<(LayerId, ExpertId)> {
+    let gone = |id: &DeviceId| {
+        let known = problem.devices.iter().find(|device| device.id == *id);
+        known.is_none_or(|device| device.standing == Standing::Gone)
+    };
+    before.iter().filter(|(device, _)| !gone(device)).flat_map(|(_, held)| held.iter().copied()).collect()
 }
 
 type Pairs = BTreeMap<DeviceId, BTreeSet<(LayerId, ExpertId)>>;

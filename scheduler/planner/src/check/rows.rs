@@ -7,9 +7,15 @@ use berth_types::{ExpertId, LayerId};
 use super::{Finding, each_slot};
 use crate::{num, plan::Layout, problem::Problem};
 
-/// Every layer is there with a slot for each slot of the devices, every expert is in it, none twice on a
-/// device.
-pub(super) fn rows(problem: &Problem, layout: &Layout, wave: usize, found: &mut Vec<Finding>) {
+/// Every layer is there with a slot for each slot of the devices, every expert (or every one of `living`) is in it,
+/// none twice on a device.
+pub(super) fn rows(
+    problem: &Problem,
+    layout: &Layout,
+    wave: usize,
+    living: Option<&BTreeSet<(LayerId, ExpertId)>>,
+    found: &mut Vec<Finding>,
+) {
     let geometry = &problem.instance.geometry;
     let width: usize = layout.devices.iter().map(|entry| num::index(entry.slots)).sum();
     let expected: BTreeSet<LayerId> = (geometry.dense_layers..geometry.layers).map(LayerId).collect();
@@ -30,8 +36,9 @@ pub(super) fn rows(problem: &Problem, layout: &Layout, wave: usize, found: &mut 
             let what = format!("expert {beyond} of {}", geometry.experts);
             found.push(Finding::Row { wave, layer, what });
         }
-        let missing = (0..geometry.experts).filter(|expert| !present.contains(expert));
-        found.extend(missing.map(|expert| Finding::Missing { wave, layer, expert: ExpertId(expert) }));
+        let missing = (0..geometry.experts).filter(|expert| !present.contains(expert)).map(ExpertId);
+        let missing = missing.filter(|expert| living.is_none_or(|living| living.contains(&(layer, *expert))));
+        found.extend(missing.map(|expert| Finding::Missing { wave, layer, expert }));
     }
     let mut seen = BTreeSet::new();
     for (device, layer, expert) in each_slot(layout) {

@@ -85,41 +85,54 @@ pub fn fill(task: &Task<'_>) -> Result<(Vec<Arranged>, Balance), Short> {
     if room < needed {
         return Err(Short { needed, room, short: needed - room });
     }
-    let loads: Vec<(Vec<f64>, bool)> = task.loads.iter().map(|loads| normal(task.fleet, loads)).collect();
+    let layers = each(task.threads, task.loads, |_, loads| normal(task.fleet, loads));
     let Some(previous) = task.previous else {
-        let boards = each(task.threads, &loads, |_, (loads, _)| first(task, loads));
-        let arranged = boards.iter().zip(&loads).map(|(board, (_, known))| finish(board, *known, None)).collect();
+        let arranged = each(task.threads, &layers, |_, layer| finish(&first(task, layer), layer, None));
         return Ok((arranged, Balance::Unasked));
     };
-    let mut tracks = each(task.threads, &loads, |layer, (loads, _)| start(task, loads, previous.get(layer)));
-    let balance = if task.budget.moves == Some(0) { Balance::Unasked } else { balance(task, &mut tracks, &loads) };
-    let finished = tracks.iter().zip(&loads).enumerate();
-    let finished = finished.map(|(layer, (track, (_, known)))| finish(&track.board, *known, previous.get(layer)));
-    Ok((finished.collect(), balance))
+    let started = each(task.threads, &layers, |at, layer| start(task, layer, previous.get(at)));
+    let mut tracks = started.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let balance = if task.budget.moves == Some(0) { Balance::Unasked } else { balance(task, &mut tracks, &layers) };
+    let finished = each(task.threads, &layers, |at, layer| finish(&tracks[at].board, layer, previous.get(at)));
+    Ok((finished, balance))
 }
 
-/// Loads in units of the ideal time, and whether they say anything.
-fn normal(fleet: &Fleet, loads: &[f64]) -> (Vec<f64>, bool) {
+/// A layer's loads in units of the ideal time.
+struct Normal {
+    loads: Vec<f64>,
+    /// Whether they say anything.
+    known: bool,
+    /// The least time of the slowest device, whatever the layout.
+    bound: f64,
+}
+
+fn normal(fleet: &Fleet, loads: &[f64]) -> Normal {
     let known = loads.iter().all(|load| load.is_finite() && *load >= 0.0) && loads.iter().sum::<f64>() > 0.0;
     let even = vec![1.0; loads.len()];
     let loads = if known { loads } else { &even };
     let ideal = fleet.ideal(loads).max(f64::MIN_POSITIVE);
-    (loads.iter().map(|load| load / ideal).collect(), known)
+    let loads: Vec<f64> = loads.iter().map(|load| load / ideal).collect();
+    let bound = fleet.bound(&loads).0;
+    Normal { loads, known, bound }
 }
 
-fn first<'a>(task: &Task<'a>, loads: &'a [f64]) -> Board<'a> {
-    layer::fresh(task.fleet, loads, task.duty, task.effort)
+fn first<'a>(task: &Task<'a>, layer: &'a Normal) -> Board<'a> {
+    layer::fresh(task.fleet, &layer.loads, layer.bound, task.duty, task.effort)
 }
 
-/// A layer as it was, with what it must get. Where that cannot be had by adding, it is planned from nothing.
-fn start<'a>(task: &Task<'a>, loads: &'a [f64], previous: Option<&Rows>) -> Track<'a> {
+/// A layer as it was, with what it must get. Where that cannot be had by adding, it is planned from nothing, unless
+/// some devices take nothing new: then it says how many copies find no slot.
+fn start<'a>(task: &Task<'a>, layer: &'a Normal, previous: Option<&Rows>) -> Result<Track<'a>, Short> {
     let Duty { copies, apart } = task.duty;
-    let mut board = Board::new(task.fleet, loads);
+    let mut board = Board::new(task.fleet, &layer.loads);
     repair::keep(&mut board, previous.map(Vec::as_slice).unwrap_or_default());
     let before = board.held();
     let repaired = board.count.contains(&0);
     if !repair::repair(&mut board, copies, apart) {
-        board = first(task, loads);
+        if task.fleet.closed.contains(&true) {
+            return Err(short(&board, task.duty));
+        }
+        board = first(task, layer);
     } else {
         let scattered = repair::scatter(&mut board, copies);
         // Empty slots that were there before wait for a step that pays.
@@ -129,13 +142,21 @@ fn start<'a>(task: &Task<'a>, loads: &'a [f64], previous: Option<&Rows>) -> Trac
         }
     }
     board.weigh();
-    Track::new(board, before, task.duty, repaired)
+    Ok(Track::new(board, before, task.duty, repaired))
+}
+
+/// Copies that a board lacks.
+fn short(board: &Board<'_>, duty: Duty) -> Short {
+    let needed = board.loads.len() * duty.copies;
+    let has = if duty.apart { &board.spread } else { &board.count };
+    let short: usize = has.iter().map(|has| duty.copies.saturating_sub(*has)).sum();
+    Short { needed, room: needed - short, short }
 }
 
 /// Moves what pays, within the budget.
-fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, bool)]) -> Balance {
+fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, layers: &[Normal]) -> Balance {
     let repaired = tracks.iter().any(|track| track.repaired);
-    let above: f64 = tracks.iter().map(|track| track.slack(task.fleet)).sum();
+    let above: f64 = tracks.iter().zip(layers).map(|(track, layer)| track.slack(layer.bound)).sum();
     let slack = above / num::real_size(tracks.len().max(1));
     if slack <= task.budget.least {
         return Balance::Close { slack };
@@ -145,21 +166,21 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, loads: &[(Vec<f64>, boo
     let slots: Vec<Mutex<Track<'_>>> = std::mem::take(tracks).into_iter().map(Mutex::new).collect();
     each(task.threads, &slots, |layer, track| {
         let mut track = track.lock().unwrap_or_else(PoisonError::into_inner);
-        if loads.get(layer).is_some_and(|(_, known)| *known) {
+        if layers.get(layer).is_some_and(|layer| layer.known) {
             track.advance(share, effort);
         }
     });
     *tracks = slots.into_iter().map(|track| track.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
     let balance = replan::settle(tracks, task.budget);
     let leaps = each(task.threads, tracks, |layer, track| {
-        loads.get(layer).filter(|(_, known)| *known).and_then(|_| leap::look(track, task.effort))
+        layers.get(layer).filter(|layer| layer.known).and_then(|layer| leap::look(track, layer.bound, task.effort))
     });
     leap::settle(tracks, leaps, task.budget, balance)
 }
 
-fn finish(board: &Board<'_>, known: bool, previous: Option<&Rows>) -> Arranged {
-    let (makespan, bound) = if known { (board.slowest(), board.fleet.bound(board.loads).0) } else { (1.0, 1.0) };
-    let limit = if known { layer::limit(board) } else { None };
+fn finish(board: &Board<'_>, layer: &Normal, previous: Option<&Rows>) -> Arranged {
+    let (makespan, bound) = if layer.known { (board.slowest(), layer.bound) } else { (1.0, 1.0) };
+    let limit = if layer.known { layer::limit(board) } else { None };
     Arranged { rows: repair::rows(board, previous), makespan, bound, limit }
 }
 

@@ -210,7 +210,7 @@ impl<'a> Board<'a> {
     /// as before.
     #[inline]
     pub(super) fn may_go(&self, expert: usize, from: usize, to: usize) -> bool {
-        if self.holds(to, expert) {
+        if self.holds(to, expert) || self.fleet.closed[to] {
             return false;
         }
         let (old, new) = (self.fleet.node[from], self.fleet.node[to]);
@@ -222,6 +222,7 @@ impl<'a> Board<'a> {
     #[inline]
     pub(super) fn may_gain(&self, expert: usize, device: usize) -> bool {
         !self.holds(device, expert)
+            && !self.fleet.closed[device]
             && (self.spread[expert] >= self.fleet.nodes || self.in_node(expert, self.fleet.node[device]) == 0)
     }
 

@@ -90,6 +90,9 @@ impl Ground<'_> {
     /// empty slots, and whether no copy is in its failure domain yet; such a device comes first, and is the
     /// only one when `strict`.
     fn lightest(&self, homes: &[usize], share: f64, strict: bool) -> Option<(usize, bool)> {
+        if homes.is_empty() {
+            return self.emptiest(share).map(|device| (device, true));
+        }
         let time = |device: usize| (self.carried[device] + share) * self.fleet.inverse[device];
         let mut best: Option<Choice> = None;
         for device in self.open.iter().copied() {
@@ -113,6 +116,23 @@ impl Ground<'_> {
             }
         }
         best.map(|(company, _, _, device)| (device, !company.0))
+    }
+
+    /// The same where no copy is placed yet.
+    fn emptiest(&self, share: f64) -> Option<usize> {
+        let mut best = None;
+        let (mut least, mut most) = (f64::INFINITY, 0);
+        for device in self.open.iter().copied() {
+            let time = (self.carried[device] + share) * self.fleet.inverse[device];
+            if time > least {
+                continue;
+            }
+            let room = self.room[self.fleet.node[device]];
+            if time < least || room > most {
+                (best, least, most) = (Some(device), time, room);
+            }
+        }
+        best
     }
 
     fn put(&mut self, device: usize, expert: usize, share: f64) {
@@ -166,6 +186,7 @@ pub(super) fn fill(board: &mut Board<'_>, strict: bool, peak: f64) {
         let enough = board.spread[expert] >= board.fleet.nodes.min(2);
         let fits =
             |device: usize| board.may_gain(expert, device) || (!strict && enough && !board.holds(device, expert));
+        let fits = |device: usize| !board.fleet.closed[device] && fits(device);
         let best = (0..board.fleet.devices())
             .filter(|device| board.free[*device] > 0 && fits(*device) && board.time(*device, share) <= peak)
             .min_by(|one, other| board.time(*one, share).total_cmp(&board.time(*other, share)).then(one.cmp(other)));

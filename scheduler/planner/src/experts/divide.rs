@@ -44,7 +44,8 @@ pub(super) fn slots(fleet: &Fleet, loads: &[f64], duty: Duty, effort: Effort) ->
         let ideal = kind.load / kind.fleet.speed;
         let own: Vec<f64> = kind.experts.iter().map(|expert| loads[*expert] / ideal.max(f64::MIN_POSITIVE)).collect();
         let units = effort.units * num::count(kind.fleet.slots()) / num::count(fleet.slots().max(1));
-        let board = layer::fresh(&kind.fleet, &own, duty, Effort { units, ..effort });
+        let bound = kind.fleet.bound(&own).0;
+        let board = layer::fresh(&kind.fleet, &own, bound, duty, Effort { units, ..effort });
         for (at, device) in kind.devices.iter().enumerate() {
             for (slot, held) in fleet.range(*device).zip(&board.slots[kind.fleet.range(at)]) {
                 slots[slot] = kind.experts.get(*held).copied().unwrap_or(EMPTY);

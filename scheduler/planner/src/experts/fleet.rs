@@ -21,6 +21,8 @@ pub struct Site {
     pub card: usize,
     /// Bytes of one expert there: formats differ.
     pub bytes: u64,
+    /// Keeps what it holds and takes nothing new.
+    pub closed: bool,
 }
 
 /// Devices with their slots numbered through, device by device.
@@ -43,6 +45,8 @@ pub struct Fleet {
     pub(super) speed: f64,
     /// Devices of equal speed, fastest first.
     pub(super) classes: Vec<Vec<usize>>,
+    /// Devices that take nothing new.
+    pub(super) closed: Vec<bool>,
 }
 
 impl Fleet {
@@ -76,6 +80,7 @@ impl Fleet {
             node,
             nodes: numbers.len(),
             speed: sites.iter().map(speed).sum(),
+            closed: sites.iter().map(|site| site.closed).collect(),
             sites: sites.to_vec(),
             classes,
         }

@@ -32,17 +32,17 @@ const WORTH: f64 = 5e-3;
 const ROUNDS: usize = 4;
 const POLISH: u64 = 50_000;
 
-/// The slots of a layer planned from nothing. `loads` are in units of the ideal time; the duty can be kept,
+/// The slots of a layer planned from nothing. `loads` are in units of the ideal time, `bound` is `Fleet::bound` of them; the duty can be kept,
 /// which `Fleet::room` says before.
 ///
 /// On unlike devices an even share of a hot expert may be too much for the slow ones: where the layer is not
 /// good, experts get no more copies than there are devices of the fastest kinds.
-pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: Effort) -> Board<'a> {
-    let mut best = attempt(fleet, loads, duty, effort, usize::MAX);
+pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], bound: f64, duty: Duty, effort: Effort) -> Board<'a> {
+    let mut best = attempt(fleet, loads, bound, duty, effort, usize::MAX);
     if fleet.classes.len() < 2 || fleet.depth() <= SHALLOW {
         return best;
     }
-    let good = fleet.bound(loads).0 + FAR;
+    let good = bound + FAR;
     let mut fast = 0;
     for class in fleet.classes.iter().take(fleet.classes.len() - 1) {
         fast += class.len();
@@ -51,7 +51,7 @@ pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: 
                 return best;
             }
             let most = fast + (fleet.devices() - fast) * quarters / 4;
-            let other = attempt(fleet, loads, duty, effort, most);
+            let other = attempt(fleet, loads, bound, duty, effort, most);
             if other.slowest() < best.slowest() {
                 best = other;
             }
@@ -61,9 +61,9 @@ pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: 
 }
 
 /// One attempt, with at most `most` copies of an expert.
-fn attempt<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: Effort, most: usize) -> Board<'a> {
+fn attempt<'a>(fleet: &'a Fleet, loads: &'a [f64], bound: f64, duty: Duty, effort: Effort, most: usize) -> Board<'a> {
     let Duty { copies, apart } = duty;
-    let target = fleet.bound(loads).0 * (1.0 + effort.close);
+    let target = bound * (1.0 + effort.close);
     let shallow = fleet.depth() <= SHALLOW;
     let mut left = effort.units;
     let divided = if shallow { divide::slots(fleet, loads, duty, Effort { units: left / 2, ..effort }) } else { None };
@@ -89,12 +89,13 @@ fn attempt<'a>(fleet: &'a Fleet, loads: &'a [f64], duty: Duty, effort: Effort, m
     }
     search::shake(&mut board, rules, &mut left, &mut dice);
     board.weigh();
-    polish(board, duty, target, effort)
+    polish(board, duty, bound, effort)
 }
 
 /// What a re-plan for the same loads would still do, so that it finds nothing to do: only where the slowest
 /// device is so far from the bound that a re-plan would look at all.
-fn polish(board: Board<'_>, duty: Duty, target: f64, effort: Effort) -> Board<'_> {
+fn polish(board: Board<'_>, duty: Duty, bound: f64, effort: Effort) -> Board<'_> {
+    let target = bound * (1.0 + effort.close);
     let (mut board, mut leaping) = (board, true);
     for _ in 0..ROUNDS {
         repair::fill(&mut board);
@@ -108,7 +109,7 @@ fn polish(board: Board<'_>, duty: Duty, target: f64, effort: Effort) -> Board<'_
         let worth = Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 };
         let balance = replan::settle(&mut track, worth);
         if leaping {
-            let leap = leap::look(&track[0], effort);
+            let leap = leap::look(&track[0], bound, effort);
             leaping = leap.is_some();
             leap::settle(&mut track, vec![leap], worth, balance);
         }

@@ -28,9 +28,8 @@ pub(super) struct Leap<'a> {
 }
 
 /// What `track`'s layer could be; nothing if that is not much better.
-pub(super) fn look<'a>(track: &Track<'a>, effort: Effort) -> Option<Leap<'a>> {
+pub(super) fn look<'a>(track: &Track<'a>, bound: f64, effort: Effort) -> Option<Leap<'a>> {
     let fleet = track.board.fleet;
-    let bound = fleet.bound(track.board.loads).0;
     let peak = track.board.slowest();
     if fleet.depth() > SHALLOW || peak < bound + WORTH {
         return None;

@@ -23,7 +23,7 @@ use crate::{
     gang::{Gang, Infeasible},
     num,
     plan::{Balance, Certificate, DeviceSlots, Layout, Limit},
-    problem::{Device, Goal, Problem, Sharing, Survive},
+    problem::{Device, Goal, Problem, Sharing, Standing, Survive},
     share,
 };
 
@@ -168,6 +168,7 @@ fn sites(problem: &Problem, devices: &[(&Device, usize)], level: Survive) -> Vec
         node,
         card,
         bytes: problem.instance.expert_bytes(device.vendor).get(),
+        closed: device.standing == Standing::Frozen,
     };
     devices.iter().zip(nodes.into_iter().zip(cards)).map(site).collect()
 }

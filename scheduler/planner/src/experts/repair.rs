@@ -65,7 +65,7 @@ fn add_copy(board: &mut Board<'_>, expert: usize, least: usize, apart: bool) -> 
     let mut best: Option<((bool, f64), usize)> = None;
     for device in 0..fleet.devices() {
         let met = board.in_node(expert, fleet.node[device]) > 0;
-        if board.holds(device, expert) || (apart && met) {
+        if board.holds(device, expert) || (apart && met) || fleet.closed[device] {
             continue;
         }
         for slot in fleet.range(device) {
@@ -101,7 +101,8 @@ fn relocate(board: &mut Board<'_>, expert: usize, apart: bool) -> bool {
     }
     let targets: Vec<usize> = (0..fleet.devices()).filter_map(|device| board.free_slot(device)).collect();
     for device in 0..fleet.devices() {
-        if board.holds(device, expert) || (apart && board.in_node(expert, fleet.node[device]) > 0) {
+        let met = apart && board.in_node(expert, fleet.node[device]) > 0;
+        if board.holds(device, expert) || met || fleet.closed[device] {
             continue;
         }
         for slot in fleet.range(device).filter(|slot| board.slots[*slot] != EMPTY) {
@@ -156,6 +157,7 @@ fn exchange(board: &mut Board<'_>, expert: usize) {
         let (device, held) = (fleet.owner[*other], board.slots[*other]);
         fleet.node[device] != fleet.node[home]
             && !board.holds(device, expert)
+            && !fleet.closed[device]
             && (held == EMPTY || board.may_go(held, device, home))
     };
     let apart = |other: usize| {

@@ -4,7 +4,6 @@
 
 use super::{
     board::{Board, EMPTY},
-    fleet::Fleet,
     layer::Duty,
     search::{Change, apply, undo},
 };
@@ -99,8 +98,8 @@ impl<'a> Track<'a> {
     }
 
     /// What the slowest device is above the bound: no step gains more.
-    pub(super) fn slack(&self, fleet: &Fleet) -> f64 {
-        self.peak - fleet.bound(self.board.loads).0
+    pub(super) fn slack(&self, bound: f64) -> f64 {
+        self.peak - bound
     }
 
     /// Goes back to the first `steps` steps.

@@ -108,18 +108,31 @@ fn loads<'a>(layout: &'a Layout, held: &Held) -> BTreeMap<&'a DeviceId, u64> {
     layout.replicas().into_iter().map(|(device, replicas)| (device, new(device, &replicas))).collect()
 }
 
-/// As much of the way from `current` to `goal` as fits at once: whole layers where possible, else a part
-/// of one.
+/// One layer on its way.
+#[derive(Clone, Copy)]
+struct Change<'a> {
+    layer: LayerId,
+    old: &'a Row,
+    new: &'a Row,
+}
+
+/// As much of the way from `current` to `goal` as fits at once: experts without a replica first, then whole
+/// layers where possible, else a part of one.
 fn step(current: &Layout, goal: &Layout, held: &Held, room: &BTreeMap<DeviceId, u64>, copies: usize) -> Layout {
     let mut next = current.clone();
     let mut room = room.clone();
-    let mut changed = false;
+    let mut changed = restore(current, goal, held, &mut room, &mut next);
     for (layer, row) in &goal.layers {
-        if current.layers.get(layer) == Some(row) {
+        if next.layers.get(layer) == Some(row) {
             continue;
         }
-        let single = Layout { devices: goal.devices.clone(), layers: [(*layer, row.clone())].into() };
-        let new = loads(&single, held);
+        let single = |row: &Row| Layout { devices: goal.devices.clone(), layers: [(*layer, row.clone())].into() };
+        let (whole, part) = (single(row), next.layers.get(layer).map(single));
+        let restored = part.as_ref().map(|part| loads(part, held)).unwrap_or_default();
+        let mut new = loads(&whole, held);
+        for (device, new) in &mut new {
+            *new = new.saturating_sub(restored.get(device).copied().unwrap_or(0));
+        }
         if new.iter().all(|(device, new)| room.get(*device).is_none_or(|room| new <= room)) {
             for (device, new) in new {
                 if let Some(room) = room.get_mut(device) {
@@ -136,7 +149,8 @@ fn step(current: &Layout, goal: &Layout, held: &Held, room: &BTreeMap<DeviceId, 
     for (layer, row) in &goal.layers {
         let Some(old) = current.layers.get(layer).filter(|old| *old != row) else { continue };
         for least in [copies, 1] {
-            let part = partial(goal, *layer, old, row, held, &room, least);
+            let change = Change { layer: *layer, old, new: row };
+            let part = partial(goal, change, held, &room, least, &|_| true);
             if part != *old {
                 next.layers.insert(*layer, part);
                 return next;
@@ -146,27 +160,60 @@ fn step(current: &Layout, goal: &Layout, held: &Held, room: &BTreeMap<DeviceId, 
     next
 }
 
-/// A part of one layer's changes: as many as there is room for, less those that would leave an expert
-/// with fewer than `least` replicas (or than it had).
+/// Gives experts without a replica one in `next`, in every layer, as far as there is room, which is taken off
+/// `room`. Says whether any got one.
+fn restore(
+    current: &Layout,
+    goal: &Layout,
+    held: &Held,
+    room: &mut BTreeMap<DeviceId, u64>,
+    next: &mut Layout,
+) -> bool {
+    let mut any = false;
+    for (layer, row) in &goal.layers {
+        let Some(old) = current.layers.get(layer) else { continue };
+        let there: BTreeSet<ExpertId> = old.iter().flatten().copied().collect();
+        let lost = |expert: ExpertId| !there.contains(&expert);
+        if !row.iter().flatten().any(|expert| lost(*expert)) {
+            continue;
+        }
+        let part = partial(goal, Change { layer: *layer, old, new: row }, held, room, 1, &lost);
+        if part == *old {
+            continue;
+        }
+        let single = Layout { devices: goal.devices.clone(), layers: [(*layer, part.clone())].into() };
+        for (device, new) in loads(&single, held) {
+            if let Some(room) = room.get_mut(device) {
+                *room = room.saturating_sub(new);
+            }
+        }
+        next.layers.insert(*layer, part);
+        any = true;
+    }
+    any
+}
+
+/// A part of one layer's changes, of those that bring an expert that is `wanted` or empty a slot: as many as there is
+/// room for, less those that would leave an expert with fewer than `least` replicas (or than it had).
 fn partial(
     goal: &Layout,
-    layer: LayerId,
-    old: &Row,
-    new: &Row,
+    change: Change<'_>,
     held: &Held,
     room: &BTreeMap<DeviceId, u64>,
     least: usize,
+    wanted: &dyn Fn(ExpertId) -> bool,
 ) -> Row {
+    let Change { layer, old, new } = change;
     let mut row = old.clone();
     for (device, range) in goal.ranges() {
         let mut left = room.get(device).copied().unwrap_or(0);
         for at in range {
-            let (Some(slot), Some(wanted)) = (row.get_mut(at), new.get(at)) else { continue };
+            let (Some(slot), Some(target)) = (row.get_mut(at), new.get(at)) else { continue };
             let has = |expert: ExpertId| held.get(device).is_some_and(|held| held.contains(&(layer, expert)));
-            let cost = u64::from(wanted.is_some_and(|expert| !has(expert)));
-            if slot != wanted && cost <= left {
+            let cost = u64::from(target.is_some_and(|expert| !has(expert)));
+            if slot != target && cost <= left && target.is_none_or(wanted) {
                 left -= cost;
-                *slot = *wanted;
+                *slot = *target;
             }
         }
     }

@@ -66,6 +66,13 @@ impl Search<'_> {
 
     /// Exactly `count` devices with their slots, from as few interconnect domains as possible.
     fn with(&self, count: usize) -> Result<Vec<(usize, usize)>, Infeasible> {
+        let mut rooms = vec![0; self.problem.devices.len()];
+        for index in &self.group {
+            rooms[*index] = self.device(*index).map_or(0, |device| self.problem.instance.capacity(device, count));
+        }
+        if !self.has_room(count, &self.group, &rooms) {
+            return Err(self.shortage(count));
+        }
         let mut domains: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for index in &self.group {
             if let Some(device) = self.device(*index) {
@@ -74,8 +81,8 @@ impl Search<'_> {
         }
         let held = |domain: &Vec<usize>| domain.iter().filter(|index| self.is_kept(**index)).count();
         let attempt = |pool: &[usize]| {
-            let with = |roomy| self.pick(count, pool, roomy).and_then(|picked| self.slots(picked));
-            with(false).or_else(|| with(true))
+            let with = |roomy| self.pick(count, pool, &rooms, roomy).and_then(|picked| self.slots(picked));
+            if self.has_room(count, pool, &rooms) { with(false).or_else(|| with(true)) } else { None }
         };
         // An instance stays in the domains where it is, even if fewer would do: gathering it moves it all.
         let home: Vec<usize> = domains.values().filter(|domain| held(domain) > 0).flatten().copied().collect();
@@ -101,6 +108,14 @@ impl Search<'_> {
         Err(self.shortage(count))
     }
 
+    /// Whether the roomiest `count` devices of `pool` have a slot for every required copy: no others have more.
+    fn has_room(&self, count: usize, pool: &[usize], rooms: &[usize]) -> bool {
+        let needed = num::index(self.problem.instance.geometry.experts) * self.level.copies();
+        let mut rooms: Vec<usize> = pool.iter().map(|index| rooms[*index]).collect();
+        rooms.sort_unstable_by_key(|room| std::cmp::Reverse(*room));
+        rooms.len() >= count && rooms.iter().take(count).sum::<usize>() >= needed
+    }
+
     /// Failure domains for the blast radius and for spreading.
     fn spread(&self) -> Survive {
         self.level.max(Survive::Node)
@@ -117,31 +132,35 @@ impl Search<'_> {
     /// `count` devices of `pool`: those that hold the instance first, else the failure domain with the
     /// fewest so far, then healthy before degraded, faster before slower. When `roomy`, those with most slots
     /// first: no choice within the blast radius has more.
-    fn pick(&self, count: usize, pool: &[usize], roomy: bool) -> Option<Vec<usize>> {
+    fn pick(&self, count: usize, pool: &[usize], rooms: &[usize], roomy: bool) -> Option<Vec<usize>> {
         let most = self.most_in_domain(count);
-        let mut taken: BTreeMap<&str, usize> = BTreeMap::new();
-        let mut left: Vec<(usize, &Device)> =
+        let mut order: Vec<(usize, &Device)> =
             pool.iter().filter_map(|index| Some((*index, self.device(*index)?))).collect();
-        left.sort_by(|(_, one), (_, other)| {
-            let rank = |device: &Device| (!self.kept.contains(&device.id), device.degraded);
-            rank(one).cmp(&rank(other)).then(other.speed.total_cmp(&one.speed)).then(one.id.cmp(&other.id))
+        let rank = |index: usize, device: &Device| (!self.is_kept(index), device.degraded);
+        order.sort_by(|(at, one), (other_at, other)| {
+            let ranks = rank(*at, one).cmp(&rank(*other_at, other));
+            ranks.then(other.speed.total_cmp(&one.speed)).then(one.id.cmp(&other.id))
         });
+        // By failure domain, the next to be taken last.
+        let mut domains: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (at, (index, device)) in order.iter().enumerate() {
+            let rank = if roomy { (false, false) } else { rank(*index, device) };
+            let slots = std::cmp::Reverse(if roomy { rooms[*index] } else { 0 });
+            domains.entry(device.failure_domain(self.spread())).or_default().push((rank, slots, at));
+        }
+        let mut domains: Vec<(usize, Vec<_>)> = domains.into_values().map(|devices| (0, devices)).collect();
+        domains.iter_mut().for_each(|(_, devices)| devices.sort_unstable_by(|one, other| other.cmp(one)));
         let mut picked = Vec::with_capacity(count);
         while picked.len() < count {
-            let best = left
-                .iter()
-                .enumerate()
-                .filter_map(|(at, (_, device))| {
-                    let used = taken.get(device.failure_domain(self.spread())).copied().unwrap_or(0);
-                    let slots = if roomy { self.problem.instance.capacity(device, count) } else { 0 };
-                    let rank = (!roomy && !self.kept.contains(&device.id), !roomy && device.degraded);
-                    (used < most).then_some(((rank, std::cmp::Reverse(slots), used, at), at))
-                })
-                .min()?
-                .1;
-            let (index, device) = left.remove(best);
-            *taken.entry(device.failure_domain(self.spread())).or_default() += 1;
-            picked.push(index);
+            let open = domains.iter_mut().filter(|(used, _)| *used < most);
+            let next = open.filter_map(|domain| {
+                let (rank, slots, at) = *domain.1.last()?;
+                Some(((rank, slots, domain.0, at), domain))
+            });
+            let ((.., at), (used, devices)) = next.min_by_key(|(key, _)| *key)?;
+            devices.pop();
+            *used += 1;
+            picked.push(order[at].0);
         }
         picked.sort_unstable();
         Some(picked)

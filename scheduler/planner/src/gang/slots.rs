@@ -1,6 +1,9 @@
 //! How many slots each device of an instance gives it.
 
-use std::collections::BTreeMap;
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+};
 
 use crate::{
     num,
@@ -32,7 +35,7 @@ pub(super) fn share(instance: &Instance, level: Survive, wanted: usize, devices:
         // the emptiest there.
         let sums = by_domain(&slots);
         let sum = |at: &usize| sums.get(devices.get(*at)?.failure_domain(level)).copied();
-        let full = |at: &usize| (sum(at), slots.get(*at).copied(), std::cmp::Reverse(*at));
+        let full = |at: &usize| (sum(at), slots.get(*at).copied(), Reverse(*at));
         let from =
             (0..slots.len()).filter(|at| sum(at) > Some(experts) && slots.get(*at) > Some(&0)).max_by_key(full)?;
         let to = (0..slots.len())
@@ -48,17 +51,18 @@ pub(super) fn share(instance: &Instance, level: Survive, wanted: usize, devices:
 /// slots ÷ speed is least. The sum is `wanted` if the room allows it.
 fn apportion(wanted: usize, devices: &[&Device], room: &[usize]) -> Vec<usize> {
     let mut slots = vec![0_usize; devices.len()];
+    // The key is above 0, so that its bits order as it does.
+    let key = |at: usize, slots: usize| {
+        let speed = devices.get(at).map_or(1.0, |device| device.speed.max(f64::MIN_POSITIVE));
+        Reverse(((num::real_size(slots + 1) / speed).to_bits(), at))
+    };
+    let mut next: BinaryHeap<_> = (0..slots.len()).filter(|at| room.get(*at) > Some(&0)).map(|at| key(at, 0)).collect();
     for _ in 0..wanted {
-        let next = (0..slots.len())
-            .filter(|at| slots.get(*at) < room.get(*at))
-            .map(|at| {
-                let filled = num::real_size(slots.get(at).copied().unwrap_or(0) + 1);
-                (filled / devices.get(at).map_or(1.0, |device| device.speed.max(f64::MIN_POSITIVE)), at)
-            })
-            .min_by(|one, other| one.0.total_cmp(&other.0).then(one.1.cmp(&other.1)));
-        match next.and_then(|(_, at)| slots.get_mut(at)) {
-            Some(slot) => *slot += 1,
-            None => break,
+        let Some(Reverse((_, at))) = next.pop() else { break };
+        let Some(held) = slots.get_mut(at) else { break };
+        *held += 1;
+        if room.get(at) > Some(&*held) {
+            next.push(key(at, *held));
         }
     }
     slots

@@ -13,7 +13,7 @@ use crate::{
 const ONE: Duty = Duty { copies: 1, apart: false };
 
 fn site(slots: usize, speed: f64, node: usize, card: usize) -> Site {
-    Site { slots, speed, node, card, bytes: 1 }
+    Site { slots, speed, node, card, bytes: 1, closed: false }
 }
 
 /// Devices of three speeds on up to four nodes.

@@ -1,6 +1,7 @@
 //! What must hold of every plan, whatever the problem.
 
 mod fixtures;
+mod fuzz;
 mod gang;
 mod golden;
 mod layers;
@@ -188,4 +189,17 @@ fn an_idle_device_joins_only_when_it_is_wanted() {
     next.instance.devices = Some(5);
     let grown = solve(&next, Some(&layout)).unwrap();
     assert_eq!(grown.decision().waves.last().unwrap().devices.len(), 5);
+}
+
+#[test]
+fn a_silent_device_keeps_what_it_holds_and_takes_nothing_new() {
+    let problem = problem(16, sites(2, 2));
+    let layout = solve(&problem, None).unwrap().first().unwrap().clone();
+    let mut next = after(&problem, &layout);
+    next.devices[0].standing = Standing::Frozen;
+    next.devices[3].standing = Standing::Gone;
+    let plan = solve(&next, Some(&layout)).unwrap();
+    assert_eq!(findings(&next, Some(&layout), &plan), []);
+    let silent = &next.devices[0].id;
+    assert_eq!(plan.decision().waves.last().unwrap().slots_of(silent), layout.slots_of(silent));
 }

@@ -15,7 +15,8 @@ use crate::{
 
 #[test]
 fn two_slots_on_a_device_do_not_hold_a_replan_back() {
-    let sites: Vec<Site> = (0..64).map(|at| Site { slots: 2, speed: 1.0, node: at / 8, card: at, bytes: 1 }).collect();
+    let site = |at| Site { slots: 2, speed: 1.0, node: at / 8, card: at, bytes: 1, closed: false };
+    let sites: Vec<Site> = (0..64).map(site).collect();
     let fleet = Fleet::new(&sites);
     let load = |at: usize| f64::from(u32::try_from(40 + at * at * 7 % 911).unwrap());
     let loads = vec![(0..90).map(load).collect::<Vec<f64>>()];

@@ -1,0 +1,58 @@
+//! Numbers that look random and are the same in every run, and token counts of the kinds that traffic has. Judges
+//! nothing.
+
+use crate::num;
+
+/// A seeded source; `SplitMix64`.
+pub(super) struct Draw(u64);
+
+impl Draw {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0xD134_2543_DE82_EF95))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// From `from` to `to`, both included.
+    pub(super) fn size(&mut self, from: usize, to: usize) -> usize {
+        from + num::index64(((self.next() >> 32) * num::count(to - from + 1)) >> 32)
+    }
+
+    pub(super) fn one_in(&mut self, of: usize) -> bool {
+        self.size(1, of) == 1
+    }
+
+    pub(super) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.size(0, of.len() - 1)]
+    }
+
+    /// From 0 to below 1.
+    pub(super) fn unit(&mut self) -> f64 {
+        num::real(self.next() >> 11) / num::real(1 << 53)
+    }
+
+    /// Tokens of a layer's experts.
+    pub(super) fn tokens(&mut self, experts: usize) -> Vec<u64> {
+        let skew = self.pick(&[0.0, 0.3, 0.8, 1.6, 3.0]);
+        let hot = self.size(0, experts - 1);
+        let kind = self.size(0, 9);
+        let tokens = |draw: &mut Self, at: usize| match kind {
+            0 => 0,
+            1 => num::count(usize::from(at == hot)) * 100_000,
+            2 => 7,
+            3 if at == hot => u64::MAX / 4,
+            4 if draw.one_in(2) => 0,
+            _ => {
+                let normal = (0..12).map(|_| draw.unit()).sum::<f64>() - 6.0;
+                num::count(num::ceil((normal * skew).exp() * 1000.0))
+            }
+        };
+        (0..experts).map(|at| tokens(self, at)).collect()
+    }
+}
