@@ -304,8 +304,8 @@ impl Discrete {
         if state.now >= deadline {
             return;
         }
-        let key = (deadline, state.next_id);
         state.next_id += 1;
+        let key = (deadline, state.next_id);
         state.timers.insert(key, Sleeper::Thread);
         self.land(&mut state);
         while state.timers.contains_key(&key) {
@@ -355,6 +355,22 @@ mod tests {
     use tokio::sync::{mpsc, oneshot};
 
     const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_thread_and_a_task_that_wait_for_one_moment_both_wake() {
+        let clock = Clock::discrete();
+        let main = clock.clone();
+        let woken = clock.run(async move {
+            let (guard, sleeper) = (main.in_flight(), main.clone());
+            let task = tokio::spawn(async move { sleeper.sleep(HOUR).await });
+            tokio::task::yield_now().await;
+            let thread = thread::spawn(move || guard.block_until(HOUR));
+            let woken = main.timeout(HOUR * 2, task).await.is_ok();
+            thread.join().unwrap();
+            woken
+        });
+        assert!(woken.unwrap());
+    }
 
     #[test]
     fn leaps_pass_over_idle_looks_and_never_over_anything_else() {
