@@ -16,6 +16,8 @@ use std::{
 
 use serde::de::DeserializeOwned;
 
+/// A call that hangs looks so often whether it still does.
+const HANG_LOOK_MS: u64 = 1000;
 /// How often the script file is looked at for new lines.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -130,20 +132,25 @@ impl<L: Library> Instance<L> {
         Ok(delivered)
     }
 
-    /// Reads the state for one call: waits out its hang first, then answers through `read`.
+    /// Reads the state for one call: waits out its hang first, then answers through `read`. A hang that is set to less
+    /// than a call has waited ends that call too.
     pub fn call<T>(&self, hang: impl Fn(&L) -> u64, read: impl FnOnce(&mut L) -> T) -> T {
-        let (ms, host) = {
-            let mut shared = self.lock();
-            let ms = hang(shared.state.get_or_insert_default());
-            (ms, shared.host)
-        };
-        if ms > 0 {
-            match host {
-                Some(host) => (host.hang)(ms),
-                None => thread::sleep(Duration::from_millis(ms)),
+        let mut waited = 0;
+        loop {
+            let (left, host) = {
+                let mut shared = self.lock();
+                let ms = hang(shared.state.get_or_insert_default());
+                (ms.saturating_sub(waited).min(HANG_LOOK_MS), shared.host)
+            };
+            if left == 0 {
+                return read(self.lock().state.get_or_insert_default());
             }
+            match host {
+                Some(host) => (host.hang)(left),
+                None => thread::sleep(Duration::from_millis(left)),
+            }
+            waited = waited.saturating_add(left);
         }
-        read(self.lock().state.get_or_insert_default())
     }
 
     /// The next event that `next` finds, or `None` at the end of the wait. With a host there is no end but
