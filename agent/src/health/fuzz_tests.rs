@@ -21,8 +21,8 @@ use super::{
     nvrm::Nvrm,
 };
 
-/// Reports of one subject within a second: two, and one more that bars.
-const STORM: usize = 3;
+/// Reports of one subject within a second: two, and one more that drains behind two notes, and one more that bars.
+const STORM: usize = 4;
 
 /// A script's devices of NVIDIA and the lines of its kernel log, with their times.
 struct Script {

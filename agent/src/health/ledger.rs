@@ -56,8 +56,9 @@ struct Said {
     state: DeviceState,
     evidence: String,
     since: Duration,
+    /// When something was said of late, and whether it was a note.
     #[serde(skip)]
-    recent: VecDeque<Duration>,
+    recent: VecDeque<(Duration, bool)>,
     /// It changed, and may not be said yet.
     #[serde(skip)]
     behind: bool,
@@ -167,7 +168,7 @@ impl Ledger {
     #[must_use]
     pub fn deadline(&self) -> Option<Duration> {
         let behind = self.said.values().filter(|said| said.behind);
-        let silent = behind.filter_map(|said| said.recent.front().map(|at| at.saturating_add(STORM_SPAN)));
+        let silent = behind.filter_map(|said| said.recent.front().map(|(at, _)| at.saturating_add(STORM_SPAN)));
         let deadline = self.devices.values().filter_map(Device::deadline).chain(silent).min();
         deadline.filter(|_| self.started)
     }
@@ -325,7 +326,7 @@ impl Ledger {
             outcome.swallowed = outcome.swallowed.saturating_add(1);
             return;
         }
-        said.recent.push_back(now);
+        said.recent.push_back((now, true));
         let state = DeviceState { action, scope: Some(scope), reason: Some(reason), ..state };
         outcome.reports.push(Report { at: now, of: of.clone(), note: true, state, evidence });
     }
@@ -359,13 +360,14 @@ impl Ledger {
             }
             return;
         }
-        // That nothing may stay on a device is never held back.
+        // That nothing may stay on a device is never held back, nor by notes that nothing new may go there.
         let bars = state.admission == Admission::Barred && said.state.admission != Admission::Barred;
-        if !said.may(now) && !bars {
+        let drains = state.admission > said.state.admission && said.may_turn(now);
+        if !said.may(now) && !bars && !drains {
             said.behind = true;
             return;
         }
-        said.recent.push_back(now);
+        said.recent.push_back((now, false));
         (said.state, said.evidence, said.since) = (state, evidence.clone(), now);
         outcome.reports.push(Report { at: now, of: of.clone(), note: false, state, evidence });
     }
@@ -390,7 +392,13 @@ impl Ledger {
 
 impl Said {
     fn may(&mut self, now: Duration) -> bool {
-        self.recent.retain(|at| now.saturating_sub(*at) < STORM_SPAN);
+        self.recent.retain(|(at, _)| now.saturating_sub(*at) < STORM_SPAN);
         self.recent.len() < STORM
+    }
+
+    /// As [`Self::may`], notes left aside.
+    fn may_turn(&mut self, now: Duration) -> bool {
+        self.recent.retain(|(at, _)| now.saturating_sub(*at) < STORM_SPAN);
+        self.recent.iter().filter(|(_, note)| !note).count() < STORM
     }
 }

@@ -276,6 +276,16 @@ fn a_storm_is_at_most_two_reports_a_second_and_its_last_state_is_said() {
 }
 
 #[test]
+fn two_notes_hold_no_draining_back() {
+    let mut ledger = started();
+    for pid in [7, 8] {
+        assert_eq!(take(&mut ledger, u64::from(pid), xid(31, Some(pid))).len(), 1);
+    }
+    let said = take(&mut ledger, 20, xid(46, None));
+    assert_eq!((said.len(), said[0].note, said[0].state.admission), (1, false, Admission::Draining));
+}
+
+#[test]
 fn the_third_incident_of_a_day_is_a_repeated_fault() {
     let mut ledger = started();
     let mut at = 0;
