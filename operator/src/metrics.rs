@@ -15,7 +15,7 @@ use prometheus_client::{
 
 use crate::{
     accelerator_node::{
-        book::{Book, Phase},
+        book::{BUDGETS, Book, Phase},
         remediation::TOLD,
     },
     error::Category,
@@ -48,6 +48,7 @@ pub const METRICS: &[Described] = &[
     QUEUE_BORROWED,
     QUEUE_WAITING,
     REMEDIATION_OPERATIONS,
+    REMEDIATION_WAITING,
     REMEDIATION_EVENTS,
     EVENTS_HELD_BACK,
 ];
@@ -103,6 +104,11 @@ const QUEUE_WAITING: Described =
 
 const REMEDIATION_OPERATIONS: Described =
     Described::gauge("remediation_operations", &["action", "phase"], "Operations of remediation that are under way");
+const REMEDIATION_WAITING: Described = Described::gauge(
+    "remediation_waiting_devices",
+    &["budget"],
+    "Devices that want an action and wait because a budget of remediation is spent: cluster, pool or domain",
+);
 const REMEDIATION_EVENTS: Described =
     Described::counter("remediation_events", &["reason"], "What remediation told, by the reason of the event");
 const EVENTS_HELD_BACK: Described =
@@ -133,6 +139,7 @@ pub struct OperatorMetrics {
     queue_borrowed: Gauges,
     queue_waiting: Gauges,
     operations: Gauges,
+    remediation_waiting: Gauges,
     remediation_events: Family<Labels, Counter>,
     held_back: Counter,
 }
@@ -164,7 +171,7 @@ impl OperatorMetrics {
         metrics
     }
 
-    fn surveyed(&self) -> [(Described, &Gauges); 16] {
+    fn surveyed(&self) -> [(Described, &Gauges); 17] {
         [
             (DEVICES, &self.devices),
             (CAPACITY_TOTAL, &self.total),
@@ -182,6 +189,7 @@ impl OperatorMetrics {
             (QUEUE_BORROWED, &self.queue_borrowed),
             (QUEUE_WAITING, &self.queue_waiting),
             (REMEDIATION_OPERATIONS, &self.operations),
+            (REMEDIATION_WAITING, &self.remediation_waiting),
         ]
     }
 
@@ -236,8 +244,8 @@ impl OperatorMetrics {
         self.queue_waiting.replace(queue_waiting);
     }
 
-    /// Shows the operations that are under way.
-    pub(crate) fn remediating(&self, book: &Book) {
+    /// Shows the operations that are under way, and who waits for the end of one.
+    pub(crate) fn remediating(&self, book: &Book, waiting: &BTreeMap<&'static str, u32>) {
         let mut gauges = BTreeMap::<Vec<(&'static str, String)>, f64>::new();
         for action in [Action::ResetDevice, Action::ResetGroup, Action::RebootNode] {
             for phase in [Phase::Emptying, Phase::Ordered, Phase::Validating] {
@@ -249,6 +257,9 @@ impl OperatorMetrics {
             *gauges.entry(labels).or_default() += 1.0;
         }
         self.operations.replace(gauges);
+        let waits = |budget: &str| waiting.get(budget).copied().unwrap_or(0);
+        let gauges = BUDGETS.map(|budget| (vec![("budget", budget.to_owned())], f64::from(waits(budget))));
+        self.remediation_waiting.replace(gauges);
     }
 
     pub(crate) fn remediated(&self, reason: &'static str) {

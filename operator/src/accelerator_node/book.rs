@@ -121,6 +121,12 @@ impl Operation {
     }
 }
 
+const CLUSTER: &str = "cluster";
+const POOL: &str = "pool";
+const DOMAIN: &str = "domain";
+/// Every budget, by name.
+pub const BUDGETS: [&str; 3] = [CLUSTER, POOL, DOMAIN];
+
 /// Operations at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {
@@ -133,19 +139,21 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// What is exhausted so that an operation with these cannot begin; `None` = it may.
+    /// What is exhausted so that an operation with these cannot begin, by its name among [`BUDGETS`] and in words; `None`
+    /// = it may.
     #[must_use]
-    pub fn refuses(&self, book: &Book, pools: &BTreeSet<String>, domain: &str) -> Option<String> {
+    pub fn refuses(&self, book: &Book, pools: &BTreeSet<String>, domain: &str) -> Option<(&'static str, String)> {
         let count = |of: &dyn Fn(&Operation) -> bool| {
             u32::try_from(book.operations.values().filter(|one| of(one)).count()).unwrap_or(u32::MAX)
         };
         if count(&|_| true) >= self.cluster {
-            return Some(format!("the cluster's budget of {} operations is spent", self.cluster));
+            return Some((CLUSTER, format!("the cluster's budget of {} operations is spent", self.cluster)));
         }
         if let Some(pool) = pools.iter().find(|pool| count(&|one| one.pools.contains(*pool)) >= self.pool) {
-            return Some(format!("the budget of {} operations of pool {pool} is spent", self.pool));
+            return Some((POOL, format!("the budget of {} operations of pool {pool} is spent", self.pool)));
         }
         let spent = count(&|one| one.domain == domain) >= self.domain;
-        spent.then(|| format!("the budget of {} operations of failure domain {domain} is spent", self.domain))
+        let why = || format!("the budget of {} operations of failure domain {domain} is spent", self.domain);
+        spent.then(|| (DOMAIN, why()))
     }
 }

@@ -18,7 +18,7 @@ const GRACE: i64 = 120;
 /// One pass. Operations go one step further at most, but for one that begins with nothing to empty.
 #[must_use]
 pub fn remediate(world: &World, book: &Book, policy: &Policy, now: i64) -> Decision {
-    let mut pass = Pass { world, policy, now, book: book.clone(), told: Vec::new() };
+    let mut pass = Pass { world, policy, now, book: book.clone(), told: Vec::new(), waiting: BTreeMap::new() };
     for id in book.operations.keys() {
         pass.advance(id);
     }
@@ -31,7 +31,7 @@ pub fn remediate(world: &World, book: &Book, policy: &Policy, now: i64) -> Decis
             advice.insert(device.clone(), (action, why));
         }
     }
-    Decision { book: pass.book, told: pass.told, advice }
+    Decision { book: pass.book, told: pass.told, advice, waiting: pass.waiting }
 }
 
 struct Pass<'a> {
@@ -40,6 +40,7 @@ struct Pass<'a> {
     now: i64,
     book: Book,
     told: Vec<Told>,
+    waiting: BTreeMap<&'static str, u32>,
 }
 
 impl<'a> Pass<'a> {
@@ -69,7 +70,9 @@ impl<'a> Pass<'a> {
         self.permitted(node, device, action, &members)?;
         let pools =
             members.iter().filter_map(|member| node.devices.get(member)).map(|facts| facts.pool.clone()).collect();
-        if let Some(spent) = self.policy.budget.refuses(&self.book, &pools, &node.domain) {
+        if let Some((budget, spent)) = self.policy.budget.refuses(&self.book, &pools, &node.domain) {
+            let waiting = self.waiting.entry(budget).or_default();
+            *waiting = waiting.saturating_add(1);
             return Err(spent);
         }
         self.book.begun = self.book.begun.saturating_add(1);

@@ -230,6 +230,22 @@ fn what_cannot_be_emptied_is_given_up_without_climbing_and_tried_again_later() {
 }
 
 #[test]
+fn who_waits_for_a_budget_is_counted_by_it_and_who_may_not_begin_is_not() {
+    let failing = |name: &str| node(name, vec![draining(), draining()]);
+    let world = world(vec![failing("n1"), failing("n2"), failing("n3")]);
+    let decision = remediate(&world, &Book::default(), &policy(), 0);
+    assert_eq!(decision.waiting, BTreeMap::from([("domain", 1), ("pool", 3)]));
+    let two_pools = {
+        let other = unwell("a3", "", Admission::Draining, Action::ResetDevice);
+        World { nodes: [failing("n1"), node("n2", vec![other])].into(), placements: Vec::new() }
+    };
+    let decision = remediate(&two_pools, &Book::default(), &policy(), 0);
+    assert_eq!(decision.waiting, BTreeMap::from([("domain", 1)]));
+    let advising = Policy { mode: Mode::Advise, ..policy() };
+    assert!(remediate(&world, &Book::default(), &advising, 0).waiting.is_empty());
+}
+
+#[test]
 fn a_book_survives_being_written_down() {
     let world = one(unwell("h100", "", Admission::Barred, Action::ResetDevice));
     let mut book = remediate(&world, &Book::default(), &policy(), 10).book;

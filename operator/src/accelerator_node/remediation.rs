@@ -212,7 +212,7 @@ impl RemediationPass<'_> {
         memory.held = Some(if changed { self.write(held, &decision.book, &would).await? } else { held });
         (memory.claimed, memory.would) = (true, would.clone());
         self.publish(&before, &decision.book);
-        self.metrics.remediating(&decision.book);
+        self.metrics.remediating(&decision.book, &decision.waiting);
         for told in &decision.told {
             self.tell(accelerators, told).await;
         }
@@ -232,14 +232,14 @@ impl RemediationPass<'_> {
         let played = remediate(world, &real.book, &policy, now);
         let would = would(&real.book, &played.book);
         let told = real.told;
-        let mut advice = played.advice;
+        let (mut advice, waiting) = (played.advice, played.waiting);
         for (id, operation) in &played.book.operations {
             if !real.book.operations.contains_key(id) {
                 let why = format!("dry run: would be {} now", doing(operation));
                 advice.insert(operation.device.clone(), (operation.action, why));
             }
         }
-        (Decision { book: real.book, told, advice }, would)
+        (Decision { book: real.book, told, advice, waiting }, would)
     }
 
     fn world(&self, accelerators: &[Arc<AcceleratorNode>]) -> World {

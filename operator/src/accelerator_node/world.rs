@@ -119,4 +119,6 @@ pub struct Decision {
     pub told: Vec<Told>,
     /// What should be done about devices that nothing is done about, and why nothing is.
     pub advice: BTreeMap<DeviceId, (Action, String)>,
+    /// Of these, devices that only a spent budget keeps waiting, by the budget's name.
+    pub waiting: BTreeMap<&'static str, u32>,
 }
