@@ -171,7 +171,8 @@ impl Cluster {
     where
         K: Resource<DynamicType = ()>,
     {
-        let kind = format!("{}.{}", K::plural(&()), K::group(&()));
+        let (plural, group) = (K::plural(&()), K::group(&()));
+        let kind = if group.is_empty() { plural.into_owned() } else { format!("{plural}.{group}") };
         match self.clock.timeout(LIMIT, call).await {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(explain(verb, &kind, &self.url, error)),

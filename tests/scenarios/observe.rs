@@ -4,6 +4,7 @@
 mod board;
 mod compatible;
 pub(crate) mod metrics;
+mod vouching;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -182,6 +183,8 @@ async fn a_running_cluster_answers_every_query_of_the_board_and_tells_each_decis
     metrics::every_metric_is_as_documented(&watched).await;
     let trace = one_trace_tells_the_repair(&watched, &device).await;
     logs_of_three_parts_name_the_same_trace(&watched, &device, &trace);
+    vouching::incidents_are_asked_of_the_agent_of_a_node(&watched, &device).await;
+    vouching::a_person_vouches_for_a_device(&watched, &device).await;
     stop.cancel();
     assert!(traffic.await.expect("no request failed") > 0);
 
