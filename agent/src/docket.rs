@@ -70,12 +70,21 @@ impl Docket {
                 (OrderPhase::Started, _) => {
                     let why = "the agent ended while it was under way: its outcome is not known";
                     end(&mut fate, OrderPhase::Failed, why, now);
+                    fate.outcome_unknown = true;
                 }
                 _ => {}
             }
             fate
         };
         Self { orders: Vec::new(), fates: remembered.orders.iter().map(resume).collect() }
+    }
+
+    /// Devices whose reset was under way when the last agent ended.
+    #[must_use]
+    pub fn left(&self, remembered: &Remembered) -> Vec<Local> {
+        let under_way = remembered.orders.iter().filter(|fate| fate.phase == OrderPhase::Started);
+        let left = |fate: &&OrderStatus| self.fates.iter().any(|now| now.id == fate.id && now.outcome_unknown);
+        under_way.filter(left).map(|fate| fate.device.local().to_owned()).collect()
     }
 
     /// Takes the orders of the spec: new ones wait, those that are gone before they began are cancelled, those whose
@@ -92,6 +101,7 @@ impl Docket {
                     started: None,
                     finished: None,
                     message: String::new(),
+                    outcome_unknown: false,
                 });
             }
         }
@@ -329,6 +339,8 @@ mod tests {
         let mut again = Docket::resume(&remembered, "one", at(2));
         again.take(&orders, at(2));
         assert_eq!(phase(&again, "a"), OrderPhase::Failed);
+        assert!(again.fates()[0].outcome_unknown && !again.fates()[1].outcome_unknown);
+        assert_eq!(again.left(&remembered), ["0.0"]);
         assert_eq!(next(&mut again, &devices, &[], 3).unwrap().order.id, "b");
         again.begin("b", "", at(4));
         let remembered = Remembered { orders: again.fates().to_vec(), boot_id: "one".to_owned() };

@@ -185,6 +185,9 @@ pub struct OrderStatus {
     /// What it waits for, or how it ended.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub message: String,
+    /// Nobody knows whether it was carried out.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub outcome_unknown: bool,
 }
 
 /// What the agent sees.

@@ -109,8 +109,8 @@ pub struct Context {
     pub grants: watch::Receiver<Grants>,
     /// What may be done about devices that are not well.
     pub remediation: remediation::Settings,
-    /// What is being done about them.
-    pub book: watch::Receiver<Arc<Book>>,
+    /// What is being done about them; `None` = not read in this term.
+    pub book: watch::Receiver<Option<Arc<Book>>>,
     /// Time.
     pub clock: Clock,
     metrics: OperatorMetrics,
@@ -155,7 +155,7 @@ async fn control(
     let signals = Signals::default();
     let (stores, pumps) = Stores::watch(client, &signals);
     let (publish, grants) = watch::channel(Grants::default());
-    let (remember, book) = watch::channel(Arc::<Book>::default());
+    let (remember, book) = watch::channel(None);
     let roots = runner.roots.clone();
     let (settings, metrics, clock) = (remediation.clone(), metrics.clone(), clock.clone());
     let attempts = Mutex::default();

@@ -52,6 +52,9 @@ pub struct Operation {
     /// The order was seen in the spec.
     #[serde(default, skip_serializing_if = "is_false")]
     pub ordered: bool,
+    /// The agent ended in the middle: whether it was carried out, the device shows.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub unclear: bool,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
@@ -79,6 +82,9 @@ pub struct Incident {
     /// Steps that did not help.
     #[serde(default)]
     pub failures: u32,
+    /// Orders of an unknown outcome that the device did not show to be carried out. The next such one climbs.
+    #[serde(default)]
+    pub unclear: u32,
     /// A person took its cordon or its order back: it is left alone until it is healthy.
     #[serde(default, skip_serializing_if = "is_false")]
     pub released: bool,
@@ -92,7 +98,7 @@ pub struct Incident {
 
 impl Default for Incident {
     fn default() -> Self {
-        Self { step: Action::None, failures: 0, released: false, retry_at: 0, last: String::new() }
+        Self { step: Action::None, failures: 0, unclear: 0, released: false, retry_at: 0, last: String::new() }
     }
 }
 

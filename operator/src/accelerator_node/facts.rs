@@ -51,6 +51,7 @@ pub fn node_facts(object: &AcceleratorNode, node: Option<&Node>, others: &[Strin
         cordons: ours.map(|cordoned| cordoned.device.clone()).collect(),
         orders: spec.orders.iter().map(|order| order.id.clone()).collect(),
         fates: fates.iter().map(|fate| (fate.id.clone(), (fate.phase, fate.message.clone()))).collect(),
+        unclear: fates.iter().filter(|fate| fate.outcome_unknown).map(|fate| fate.id.clone()).collect(),
     }
 }
 

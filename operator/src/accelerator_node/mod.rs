@@ -37,6 +37,7 @@ use kube::{
 use serde_json::{Value, json};
 
 use book::{Book, CORDON, Phase};
+use world::NodeFacts;
 
 use crate::{
     Context,
@@ -103,7 +104,8 @@ pub async fn reconcile(node: &Arc<Node>, context: &Context) -> Result<Action, No
     }
     let Some(accelerators) = accelerators else { return Ok(Action::await_change()) };
     let book = context.book.borrow().clone();
-    (wanted.cordoned_devices, wanted.orders) = remedies(&accelerators, node, &book, context);
+    let facts = facts::node_facts(&accelerators, Some(node), &context.remediation.others);
+    (wanted.cordoned_devices, wanted.orders) = remedies(&accelerators, &facts, book.as_deref());
     let needs = needs(&accelerators);
     if wanted != ours(&accelerators.spec)
         || NEEDS.iter().any(|(key, _)| accelerators.annotations().get(*key) != needs.get(*key))
@@ -199,15 +201,14 @@ fn decide(
     (wanted, Some(others))
 }
 
-/// Device cordons and orders that follow from what remediation remembers. A person's own cordon is left as it is.
-fn remedies(
-    object: &AcceleratorNode,
-    node: &Node,
-    book: &Book,
-    context: &Context,
-) -> (Vec<CordonedDevice>, Vec<Order>) {
+/// Device cordons and orders that follow from what remediation remembers. A person's own cordon is left as it is. While a
+/// new leader has not read the book yet, what the last one wrote stays: an order that vanished would count as taken back.
+fn remedies(object: &AcceleratorNode, facts: &NodeFacts, book: Option<&Book>) -> (Vec<CordonedDevice>, Vec<Order>) {
+    let Some(book) = book else {
+        let AcceleratorNodeSpec { cordoned_devices, orders, .. } = ours(&object.spec);
+        return (cordoned_devices, orders);
+    };
     let name = object.name_any();
-    let facts = facts::node_facts(object, Some(node), &context.remediation.others);
     let (mut cordons, mut orders) = (Vec::new(), Vec::new());
     for (id, operation) in book.operations.iter().filter(|(_, operation)| operation.node() == name) {
         let by_hand = |device: &DeviceId| {
@@ -216,10 +217,10 @@ fn remedies(
         };
         let reason = format!("{CORDON}{id}: {} for {}", operation.action, operation.why);
         let reason: String = reason.chars().take(500).collect();
-        let cordoned = operation.cordons(&facts).filter(|device| !by_hand(device));
+        let cordoned = operation.cordons(facts).filter(|device| !by_hand(device));
         cordons.extend(cordoned.map(|device| CordonedDevice { device: device.clone(), reason: reason.clone() }));
         let deadline = Timestamp::from_second(operation.deadline);
-        if let (Phase::Ordered, false, Ok(deadline)) = (operation.phase, operation.recalled(id, &facts), deadline) {
+        if let (Phase::Ordered, false, Ok(deadline)) = (operation.phase, operation.recalled(id, facts), deadline) {
             orders.push(Order {
                 id: id.clone(),
                 device: operation.device.clone(),
@@ -361,6 +362,22 @@ mod tests {
             let (wanted, taints) = decide(&cordoned, Some(&hosting()), Vec::new(), true);
             assert_eq!((wanted.drain, wanted.native, taints), (unschedulable, true, None));
         }
+    }
+
+    #[test]
+    fn a_leader_that_has_not_read_the_book_leaves_what_the_last_one_ordered() {
+        let mut object = hosting();
+        let by_hand = CordonedDevice { device: "n1/1".parse().unwrap(), reason: "swap".to_owned() };
+        let ordered = CordonedDevice { device: "n1/0".parse().unwrap(), reason: format!("{CORDON}a: x") };
+        object.spec.cordoned_devices = vec![by_hand, ordered.clone()];
+        let deadline = Time(Timestamp::UNIX_EPOCH);
+        let device = ordered.device.clone();
+        object.spec.orders =
+            vec![Order { id: "a".to_owned(), device, action: Step::ResetDevice, deadline, reason: String::new() }];
+        let facts = facts::node_facts(&object, None, &[]);
+        let unread = remedies(&object, &facts, None);
+        assert_eq!(unread, (vec![ordered], object.spec.orders.clone()));
+        assert_eq!(remedies(&object, &facts, Some(&Book::default())), (Vec::new(), Vec::new()), "read, and it is over");
     }
 
     #[test]

@@ -14,6 +14,8 @@ pub use super::world::{Decision, DeviceFacts, Mode, NodeFacts, PlacementFacts, P
 
 /// An agent may say so long after an order's deadline what became of it.
 const GRACE: i64 = 120;
+/// An order that nobody knows the outcome of has shown after so long whether it was carried out.
+const UNCLEAR: i64 = 60;
 
 /// One pass. Operations go one step further at most, but for one that begins with nothing to empty.
 #[must_use]
@@ -88,6 +90,7 @@ impl<'a> Pass<'a> {
             deadline: self.now.saturating_add(self.policy.empty_limit),
             cordoned: BTreeSet::new(),
             ordered: false,
+            unclear: false,
             members,
         };
         let others = operation.members.len() - 1;
@@ -186,8 +189,8 @@ impl<'a> Pass<'a> {
         self.book.operations.insert(id.to_owned(), operation.clone());
         match operation.phase {
             Phase::Emptying => self.empty(id, &operation, node, device),
-            Phase::Ordered => self.follow(id, &operation, fate),
-            Phase::Validating => self.validate(id, &operation, device),
+            Phase::Ordered => self.follow(id, &operation, node, fate),
+            Phase::Validating => self.validate(id, &operation, node),
         }
     }
 
@@ -241,7 +244,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn follow(&mut self, id: &str, operation: &Operation, fate: Option<(OrderPhase, &str)>) {
+    fn follow(&mut self, id: &str, operation: &Operation, node: &NodeFacts, fate: Option<(OrderPhase, &str)>) {
         match fate {
             Some((OrderPhase::Succeeded, message)) => {
                 self.enter(id, Phase::Validating, self.now.saturating_add(self.policy.validate_limit));
@@ -250,6 +253,18 @@ impl<'a> Pass<'a> {
                     operation.action, operation.device
                 );
                 self.tell(&operation.device, "RemediationCarriedOut", false, note);
+            }
+            Some((OrderPhase::Failed, message))
+                if node.unclear.contains(id)
+                    && self.book.incidents.get(&operation.device).is_none_or(|incident| incident.unclear == 0) =>
+            {
+                let limit = self.policy.validate_limit.min(UNCLEAR);
+                self.enter(id, Phase::Validating, self.now.saturating_add(limit));
+                if let Some(operation) = self.book.operations.get_mut(id) {
+                    operation.unclear = true;
+                }
+                let note = format!("{id}: {message}; {} shows within {limit} s whether it was", operation.device);
+                self.tell(&operation.device, "RemediationUnclear", true, note);
             }
             Some((OrderPhase::Failed, message)) => self.fail(id, operation, &format!("failed: {message}")),
             Some((OrderPhase::Expired, message)) => self.fail(id, operation, &format!("expired: {message}")),
@@ -263,9 +278,9 @@ impl<'a> Pass<'a> {
         }
     }
 
-    fn validate(&mut self, id: &str, operation: &Operation, device: Option<DeviceFacts>) {
-        match device {
-            Some(facts) if facts.action < Action::ResetDevice && facts.admission != Admission::Barred => {
+    fn validate(&mut self, id: &str, operation: &Operation, node: &NodeFacts) {
+        match node.devices.get(&operation.device) {
+            Some(facts) if proven(facts) && unproven(operation, node).is_none() => {
                 let note = format!(
                     "{} helped: {} is {}/{}",
                     operation.action, operation.device, facts.health, facts.admission
@@ -275,6 +290,10 @@ impl<'a> Pass<'a> {
             Some(facts) if facts.action > operation.action => {
                 self.fail(id, operation, &format!("did not help: {}", facts.why))
             }
+            _ if self.now >= operation.deadline && operation.unclear => {
+                let note = "it was not carried out, as far as the device shows: once more";
+                self.close(id, "RemediationEnded", true, note, |incident| incident.unclear = 1);
+            }
             _ if self.now >= operation.deadline => {
                 self.fail(id, operation, "did not help: the device did not prove itself in time")
             }
@@ -282,7 +301,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// One step up.
+    /// One step up, for every device that the step was for.
     fn fail(&mut self, id: &str, operation: &Operation, why: &str) {
         let grouped = operation.action == Action::ResetGroup;
         let step = next_step(operation.action, grouped);
@@ -291,6 +310,19 @@ impl<'a> Pass<'a> {
             incident.step = incident.step.max(step);
             incident.failures = incident.failures.saturating_add(1);
         });
+        if !grouped {
+            return;
+        }
+        // What did not help one of a group helps none that wants the same: it is not tried again for each.
+        let node = self.world.nodes.get(operation.node());
+        let wants = |member: &&DeviceId| {
+            let facts = node.and_then(|node| node.devices.get(*member));
+            **member != operation.device && facts.is_some_and(|facts| facts.action >= Action::ResetDevice)
+        };
+        for member in operation.members.iter().filter(wants) {
+            let incident = self.incident(member);
+            incident.step = incident.step.max(step);
+        }
     }
 
     fn enter(&mut self, id: &str, phase: Phase, deadline: i64) {
@@ -326,6 +358,21 @@ impl<'a> Pass<'a> {
     fn tell(&mut self, device: &DeviceId, reason: &'static str, warning: bool, note: String) {
         self.told.push(Told { device: device.clone(), reason, warning, note });
     }
+}
+
+/// Whether a device wants nothing more of what was done.
+fn proven(facts: &DeviceFacts) -> bool {
+    facts.action < Action::ResetDevice && facts.admission != Admission::Barred
+}
+
+/// A device that was reset along with another, wanted it too, and has not proven itself: a second reset would only take
+/// the whole group out of use again.
+fn unproven<'a>(operation: &'a Operation, node: &NodeFacts) -> Option<&'a DeviceId> {
+    let waits = |member: &&DeviceId| {
+        let facts = node.devices.get(*member);
+        facts.is_some_and(|facts| [Action::ResetDevice, Action::ResetGroup].contains(&facts.action))
+    };
+    operation.members.iter().filter(|_| operation.action == Action::ResetGroup).find(waits)
 }
 
 fn barred(node: &NodeFacts, device: &DeviceId) -> bool {

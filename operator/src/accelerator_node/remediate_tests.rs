@@ -162,6 +162,68 @@ fn a_step_that_fails_or_expires_climbs_and_what_no_order_helps_is_a_person_s() {
     assert!(service.book.operations.is_empty() && service.advice[&id("n1/0")].1.contains("a person"));
 }
 
+/// A book whose operation of a device lost by itself, or with its sibling, is ordered in a world that shows it.
+fn ordered(devices: Vec<DeviceFacts>) -> (World, Book, String) {
+    let mut world = world(vec![node("n1", devices)]);
+    let book = remediate(&world, &Book::default(), &policy(), 10).book;
+    obey(&mut world, &book);
+    let (order, operation) = only(&book);
+    assert_eq!(operation.phase, Phase::Ordered);
+    let order = order.clone();
+    (world, book, order)
+}
+
+#[test]
+fn an_order_whose_agent_died_in_the_middle_is_looked_at_then_given_once_more_then_climbs() {
+    let lost = unwell("h100", "", Admission::Barred, Action::ResetDevice);
+    let (mut world, book, order) = ordered(vec![lost]);
+    fate(&mut world, &order, OrderPhase::Failed);
+    world.nodes.get_mut("n1").unwrap().unclear.insert(order.clone());
+    let looking = remediate(&world, &book, &policy(), 20);
+    assert_eq!((only(&looking.book).0, reasons(&looking)), (&order, vec!["RemediationUnclear"]));
+    obey(&mut world, &looking.book);
+    assert_eq!(remediate(&world, &looking.book, &policy(), 79).book, looking.book, "not ordered again meanwhile");
+
+    let mut well = world.clone();
+    let facts = well.nodes.get_mut("n1").unwrap().devices.get_mut(&id("n1/0")).unwrap();
+    (facts.health, facts.admission, facts.action) = (Health::Degraded, Admission::Draining, Action::None);
+    assert_eq!(reasons(&remediate(&well, &looking.book, &policy(), 40)), ["RemediationSucceeded"]);
+
+    let again = remediate(&world, &looking.book, &policy(), 80);
+    let (second, operation) = only(&again.book);
+    assert_eq!((operation.action, again.book.incidents[&id("n1/0")].failures), (Action::ResetDevice, 0));
+    assert_ne!(*second, order, "an order of its own");
+    let second = second.clone();
+    obey(&mut world, &again.book);
+    fate(&mut world, &second, OrderPhase::Failed);
+    world.nodes.get_mut("n1").unwrap().unclear.insert(second);
+    let climbed = remediate(&world, &again.book, &policy(), 90);
+    assert_eq!(reasons(&climbed), ["RemediationFailed"]);
+    assert_eq!(climbed.book.incidents[&id("n1/0")].step, Action::RebootNode);
+}
+
+#[test]
+fn two_lost_devices_of_one_card_are_reset_once_whatever_comes_of_it() {
+    let lost = || unwell("a3", "card 0", Admission::Barred, Action::ResetGroup);
+    let (mut world, book, order) = ordered(vec![lost(), lost()]);
+    let mut failed = world.clone();
+    fate(&mut failed, &order, OrderPhase::Failed);
+    let climbed = remediate(&failed, &book, &policy(), 20);
+    assert!(climbed.book.operations.is_empty(), "the sibling's own order would be the same reset: {:?}", climbed.book);
+    assert!(climbed.advice.values().all(|(action, _)| *action == Action::RebootNode), "{:?}", climbed.advice);
+
+    fate(&mut world, &order, OrderPhase::Succeeded);
+    let proving = remediate(&world, &book, &policy(), 20);
+    obey(&mut world, &proving.book);
+    let devices = &mut world.nodes.get_mut("n1").unwrap().devices;
+    *devices.get_mut(&id("n1/0")).unwrap() = healthy("a3", "card 0");
+    let waits = remediate(&world, &proving.book, &policy(), 30);
+    assert_eq!(only(&waits.book).0, &order, "the other has not proven itself");
+    *world.nodes.get_mut("n1").unwrap().devices.get_mut(&id("n1/1")).unwrap() = healthy("a3", "card 0");
+    let done = remediate(&world, &waits.book, &policy(), 40);
+    assert_eq!((done.book.operations.len(), reasons(&done)), (0, vec!["RemediationSucceeded"]));
+}
+
 #[test]
 fn what_a_person_takes_back_is_left_alone_until_the_device_is_healthy() {
     for take_order in [false, true] {

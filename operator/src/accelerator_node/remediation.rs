@@ -41,7 +41,7 @@ pub const OBJECT: &str = "berth-remediation";
 /// Annotation of that object which stops remediation while it is `true`.
 pub const PAUSED: &str = "berth.dev/paused";
 /// Reasons of the events that remediation tells.
-pub(crate) const TOLD: [&str; 12] = [
+pub(crate) const TOLD: [&str; 13] = [
     "DryRun",
     "RebootNeeded",
     "RemediationAdvised",
@@ -53,6 +53,7 @@ pub(crate) const TOLD: [&str; 12] = [
     "RemediationOrdered",
     "RemediationStuck",
     "RemediationSucceeded",
+    "RemediationUnclear",
     "ServiceNeeded",
 ];
 /// Changes within this make one pass.
@@ -121,7 +122,7 @@ pub struct RemediationPass<'a> {
     /// Counts.
     pub metrics: &'a OperatorMetrics,
     /// What the node passes write into the specs.
-    pub book: watch::Sender<Arc<Book>>,
+    pub book: watch::Sender<Option<Arc<Book>>>,
 }
 
 /// The object as it was read last.
@@ -203,6 +204,9 @@ impl RemediationPass<'_> {
         let Some(held) = memory.held.take() else {
             let policy = Policy { mode: Mode::Advise, ..self.settings.policy.clone() };
             let Decision { advice, .. } = remediate(&world, &Book::default(), &policy, unix);
+            if self.book.borrow().is_none() {
+                self.publish(&Book::default(), &Book::default(), accelerators);
+            }
             self.advise(memory, accelerators, advice).await;
             return Ok(());
         };
@@ -211,7 +215,7 @@ impl RemediationPass<'_> {
         let changed = decision.book != held.book || !memory.claimed || would != memory.would;
         memory.held = Some(if changed { self.write(held, &decision.book, &would).await? } else { held });
         (memory.claimed, memory.would) = (true, would.clone());
-        self.publish(&before, &decision.book);
+        self.publish(&before, &decision.book, accelerators);
         self.metrics.remediating(&decision.book, &decision.waiting);
         for told in &decision.told {
             self.tell(accelerators, told).await;
@@ -285,20 +289,19 @@ impl RemediationPass<'_> {
         Ok(Held { object, book: book.clone(), read })
     }
 
-    /// Lets the passes over the nodes concerned write what follows.
-    fn publish(&self, before: &Book, now: &Book) {
-        let changed = self.book.send_if_modified(|shown| {
-            let changed = **shown != *now;
-            if changed {
-                *shown = Arc::new(now.clone());
-            }
-            changed
-        });
-        if changed || before != now {
-            let operations = before.operations.values().chain(now.operations.values());
-            let nodes: BTreeSet<String> = operations.map(|one| one.node().to_owned()).collect();
-            nodes.into_iter().for_each(|node| self.signals.nodes.insert(node));
+    /// Lets the passes over the nodes concerned write what follows; all of them, once it is known what does.
+    fn publish(&self, before: &Book, now: &Book, accelerators: &[Arc<AcceleratorNode>]) {
+        let shown = self.book.borrow().clone();
+        if shown.as_deref() != Some(now) {
+            self.book.send_replace(Some(Arc::new(now.clone())));
         }
+        let operations = before.operations.values().chain(now.operations.values());
+        let nodes: BTreeSet<String> = match shown {
+            None => accelerators.iter().map(|object| object.name_any()).collect(),
+            Some(shown) if *shown != *now || before != now => operations.map(|one| one.node().to_owned()).collect(),
+            Some(_) => return,
+        };
+        nodes.into_iter().for_each(|node| self.signals.nodes.insert(node));
     }
 
     /// Tells what changed of devices' health.

@@ -35,6 +35,8 @@ pub struct NodeFacts {
     pub orders: BTreeSet<String>,
     /// What became of orders.
     pub fates: BTreeMap<String, (OrderPhase, String)>,
+    /// Orders that were under way when their agent ended.
+    pub unclear: BTreeSet<String>,
 }
 
 /// One device.
