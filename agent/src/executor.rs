@@ -80,6 +80,8 @@ pub struct Executor {
     pub facts: Facts,
     /// Devices that must have no worker.
     pub emptied: watch::Sender<BTreeSet<Local>>,
+    /// The device that a probe is on.
+    pub probed: watch::Receiver<Option<Local>>,
     /// What became of the orders.
     pub told: Told,
 }
@@ -100,6 +102,9 @@ impl Executor {
             Err(_) => return,
         };
         let mut docket = Docket::resume(&remembered, &self.boot_id, self.now());
+        for left in docket.left(&remembered) {
+            self.tell(&left, ResetStep::Left).await;
+        }
         loop {
             let orders = self.wanted.borrow_and_update().orders.clone();
             docket.take(&orders, self.now());
@@ -172,12 +177,18 @@ impl Executor {
         }
     }
 
-    /// Waits until no worker is on the devices.
+    /// Waits until no worker and no probe is on the devices.
     async fn emptied(&mut self, members: &BTreeSet<Local>, limit: Duration) -> Result<(), String> {
+        let until = self.clock.now().saturating_add(limit);
         let gone = |view: &View| !members.iter().any(|local| view.has(local));
-        match self.clock.timeout(limit, self.workers.wait_for(gone)).await {
+        if !matches!(self.clock.timeout(limit, self.workers.wait_for(gone)).await, Ok(Ok(_))) {
+            return Err("not reset: a worker does not end".to_owned());
+        }
+        let left = until.saturating_sub(self.clock.now());
+        let away = |probed: &Option<Local>| probed.as_ref().is_none_or(|local| !members.contains(local));
+        match self.clock.timeout(left, self.probed.wait_for(away)).await {
             Ok(Ok(_)) => Ok(()),
-            _ => Err("not reset: a worker does not end".to_owned()),
+            _ => Err("not reset: a probe does not end".to_owned()),
         }
     }
 

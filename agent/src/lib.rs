@@ -268,6 +268,7 @@ pub async fn run(config: Config, client: Client, clock: Clock, stop: Cancellatio
         due,
         facts: observation.facts.clone(),
         idle: None,
+        resets: None,
     };
     let backend = config.worker.backend;
     let publisher =

@@ -17,7 +17,7 @@ use crate::{
     node::Snapshot,
     node_status::{NodeStatus, OrderBook},
     orders::{Desired, Wanted},
-    probe::{Idle, Prober},
+    probe::{Idle, Prober, Resets},
     published::Publisher,
     report::{Leader, Reporter},
     vendor::{Facts, grip::Grip},
@@ -87,12 +87,14 @@ impl Organs {
         let (publish, published) = watch::channel(None);
         let last = &self.last;
         prober.idle = idle.map(|every| Idle::new(every, see_view.clone(), see_desired.clone(), see_wanted.clone()));
+        let (emptied, see_emptied) = watch::channel(BTreeSet::new());
+        let (probed, see_probed) = watch::channel(None);
+        prober.resets = Some(Resets::new(see_emptied.clone(), probed));
         self.keep("prober", Box::pin(prober.run(last.clone())));
         let publishing = publisher.run(snapshots.clone(), see_wanted.clone(), publish, last.clone());
         self.keep("published", Box::pin(publishing));
-        let (emptied, see_emptied) = watch::channel(BTreeSet::new());
         let told = (see_wanted.clone(), snapshots.clone(), see_view.clone(), facts.clone());
-        let orders = self.carry_out(&clock, &node, means, told, emptied);
+        let orders = self.carry_out(&clock, &node, means, told, (emptied, see_probed));
         let status = NodeStatus {
             clock: clock.clone(),
             client: client.clone(),
@@ -144,7 +146,7 @@ impl Organs {
         node: &NodeName,
         Means { tools, grip, boot_id }: Means,
         (wanted, snapshots, workers, facts): Seen,
-        emptied: watch::Sender<BTreeSet<Local>>,
+        (emptied, probed): (watch::Sender<BTreeSet<Local>>, watch::Receiver<Option<Local>>),
     ) -> OrderBook {
         let (remember, remembered) = watch::channel(None);
         let (tell, fates) = watch::channel(None);
@@ -161,6 +163,7 @@ impl Organs {
             grip,
             facts,
             emptied,
+            probed,
             told: Told { fates: tell, recorded },
         };
         self.keep("executor", Box::pin(executor.run(self.last.clone())));

@@ -4,7 +4,13 @@
 //!
 //! An idle look never touches a device that holds or is to hold experts, that another program may use, or that is not well.
 
-use std::{collections::BTreeMap, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    process::Stdio,
+    sync::Arc,
+    time::Duration,
+};
 
 use berth_runtime::Clock;
 use berth_types::{DeviceId, DeviceState, NodeName};
@@ -58,6 +64,46 @@ pub struct Prober {
     pub facts: Facts,
     /// When idle devices are looked at.
     pub idle: Option<Idle>,
+    /// What resets have to do with it.
+    pub resets: Option<Resets>,
+}
+
+/// A probe and a reset of one device keep out of each other's way: whoever comes second waits, or does not begin.
+#[derive(Debug)]
+pub struct Resets {
+    /// Devices that are being reset, or are about to be.
+    pub emptied: watch::Receiver<BTreeSet<Local>>,
+    /// The device that is probed.
+    pub probed: watch::Sender<Option<Local>>,
+    /// Devices that were due while they were being reset.
+    waiting: BTreeSet<Local>,
+}
+
+impl Resets {
+    /// What is being reset, and where it is said what is probed.
+    #[must_use]
+    pub const fn new(emptied: watch::Receiver<BTreeSet<Local>>, probed: watch::Sender<Option<Local>>) -> Self {
+        Self { emptied, probed, waiting: BTreeSet::new() }
+    }
+
+    /// A device that was due and is no longer being reset.
+    fn next(&mut self) -> Option<Local> {
+        let emptied = self.emptied.borrow_and_update();
+        let next = self.waiting.iter().find(|local| !emptied.contains(*local)).cloned()?;
+        drop(emptied);
+        self.waiting.take(&next)
+    }
+
+    /// Waits until other devices are reset. Cancel-safe: only waits.
+    async fn changed(resets: &mut Option<Self>) {
+        let changed = match resets {
+            Some(resets) => resets.emptied.changed().await.is_ok(),
+            None => false,
+        };
+        if !changed {
+            std::future::pending().await
+        }
+    }
 }
 
 /// Idle devices, and when each is looked at next.
@@ -123,6 +169,14 @@ impl Prober {
     /// Probes until `stop` is cancelled; a probe that runs then is ended.
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
+            if let Some(local) = self.resets.as_mut().and_then(Resets::next) {
+                // Cancel-safe: as below.
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = self.attend(local, false) => {}
+                }
+                continue;
+            }
             let turn = self.turn();
             let (at, idle) = turn.map_or((Duration::MAX, None), |(at, local)| (at, Some(local)));
             // Cancel-safe: `recv` loses nothing, the others only wait.
@@ -137,6 +191,7 @@ impl Prober {
                     Ok(()) => None,
                     Err(_) => return,
                 },
+                () = Resets::changed(&mut self.resets) => None,
                 () = self.clock.sleep_until(at) => idle.map(|local| (local, true)),
             };
             let Some((local, idle)) = work else { continue };
@@ -159,7 +214,28 @@ impl Prober {
         idle.turns.next().map(|(at, local)| (at, local.clone()))
     }
 
+    /// Probes a device; one that is being reset has its turn after that.
     async fn attend(&mut self, local: Local, idle: bool) {
+        // Said before it is asked: an order that begins in between waits.
+        self.say_probed(Some(local.clone()));
+        match &mut self.resets {
+            Some(resets) if resets.emptied.borrow().contains(&local) => {
+                if !idle {
+                    resets.waiting.insert(local);
+                }
+            }
+            _ => self.look(local, idle).await,
+        }
+        self.say_probed(None);
+    }
+
+    fn say_probed(&self, local: Option<Local>) {
+        if let Some(resets) = &self.resets {
+            resets.probed.send_replace(local);
+        }
+    }
+
+    async fn look(&mut self, local: Local, idle: bool) {
         if !idle {
             let outcome = self.probe(&local).await;
             let fact = Fact::device(local, What::Validated(outcome == Outcome::Sound));
@@ -297,7 +373,7 @@ mod tests {
         let pci_devices = "/nonexistent".into();
         let (snapshots, due) = (watch::channel(None).1, mpsc::channel(1).1);
         let clock = Clock::real();
-        (Prober { clock, node, worker, pci_devices, snapshots, due, facts, idle: None }, told)
+        (Prober { clock, node, worker, pci_devices, snapshots, due, facts, idle: None, resets: None }, told)
     }
 
     #[tokio::test]
@@ -308,6 +384,23 @@ mod tests {
         assert!(matches!(prober("/nonexistent/berth").0.probe(device).await, Outcome::NotMade(_)));
         // `cp` without what it needs ends with 1, `test` with a word it does not know with 2.
         assert!(matches!(prober("/usr/bin/test").0.probe(device).await, Outcome::NotMade(_)));
+    }
+
+    #[tokio::test]
+    async fn a_device_that_is_being_reset_is_probed_after_that() {
+        let (mut prober, mut told) = prober("true");
+        let device = "0.0".to_owned();
+        let (orders, emptied) = watch::channel(BTreeSet::from([device.clone()]));
+        let (probed, see_probed) = watch::channel(None);
+        prober.resets = Some(Resets::new(emptied, probed));
+        prober.attend(device, false).await;
+        assert!(told.try_recv().is_err(), "nothing was looked at");
+        assert_eq!(*see_probed.borrow(), None);
+        assert_eq!(prober.resets.as_mut().unwrap().next(), None);
+        orders.send_replace(BTreeSet::new());
+        // Nobody tells what else is due, which ends it, after this.
+        prober.run(CancellationToken::new()).await;
+        assert!(told.try_recv().is_ok(), "now it is");
     }
 
     #[tokio::test]

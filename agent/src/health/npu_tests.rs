@@ -132,6 +132,32 @@ fn a_sibling_that_was_not_reset_is_free_at_once_and_one_that_was_is_watched() {
 }
 
 #[test]
+fn a_reset_whose_maker_died_blocks_nobody_and_cures_nobody() {
+    for made in [false, true] {
+        let mut ledger = started();
+        take(&mut ledger, 1_000, ONE, values(1_000, 2, &[RESTART]));
+        take(&mut ledger, 2_000, ONE, What::Reset(ResetStep::Started));
+        let memory = serde_json::to_value(&ledger).unwrap();
+        let mut ledger = Ledger::resumed(Settings::default(), memory, ms(2_500), ms(3_000), false).unwrap();
+        for local in [ONE, TWO] {
+            take(&mut ledger, 3_000, local, What::Listed(info(local)));
+        }
+        take(&mut ledger, 3_000, ONE, What::Reset(ResetStep::Left));
+        ledger.start(ms(3_000));
+        let (health, codes) = if made { (0, vec![]) } else { (2, vec![RESTART]) };
+        take(&mut ledger, 4_000, ONE, values(4_000, health, &codes));
+        take(&mut ledger, 4_000, TWO, values(4_000, 0, &[]));
+        let due: Vec<_> = ledger.awaiting_validation().cloned().collect();
+        assert_eq!(due, if made { vec![ONE, TWO] } else { vec![TWO] });
+        take(&mut ledger, 4_100, ONE, What::Validated(true));
+        take(&mut ledger, 4_100, TWO, What::Validated(true));
+        ledger.tick(ms(700_000));
+        let expected = if made { Admission::Schedulable } else { Admission::Barred };
+        assert_eq!(state(&ledger, ONE).admission, expected, "made: {made}");
+    }
+}
+
+#[test]
 fn a_device_whose_driver_took_a_fault_back_is_due_for_validation() {
     let due = |ledger: &Ledger| ledger.awaiting_validation().cloned().collect::<Vec<_>>();
     let mut ledger = started();

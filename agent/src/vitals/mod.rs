@@ -259,7 +259,7 @@ impl Board {
                 let mut kept = self.kept();
                 let (done, failed) = kept.resets.entry(local.clone()).or_default();
                 match step {
-                    ResetStep::Started => {}
+                    ResetStep::Started | ResetStep::Left => {}
                     ResetStep::Done => *done = done.saturating_add(1),
                     ResetStep::Failed => *failed = failed.saturating_add(1),
                 }

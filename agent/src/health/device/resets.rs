@@ -107,6 +107,13 @@ impl Device {
                 self.npu.silence.end();
                 self.fail(now, Action::ResetDevice, "reset failed");
             }
+            // It may still be starting; whether it was reset its own readings say, or the next reset.
+            ResetStep::Left => {
+                if self.resetting.take().is_some() {
+                    self.npu.silence.done();
+                }
+                effects.push(Effect::Reread);
+            }
         }
     }
 
@@ -255,6 +262,10 @@ impl Device {
             }
         }
         self.reset(now, step, effects);
+        if step == ResetStep::Left {
+            // What only went along must prove itself, whether it was reset or not; a fault of its own is still read.
+            self.reset_done = Some(now);
+        }
     }
 
     /// Nothing is wrong with it, and nothing new is placed on it.

@@ -59,6 +59,8 @@ pub enum ResetStep {
     Done,
     /// It did not work.
     Failed,
+    /// Who made it ended in the middle: whether it was made is not known.
+    Left,
 }
 
 /// What was seen.
