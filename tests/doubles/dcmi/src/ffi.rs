@@ -11,11 +11,11 @@ use std::{
     time::Duration,
 };
 
-use berth_double_stage::ffi::put_text;
+use berth_double_stage::{ffi::put_text, users::users};
 
 use crate::{
     script::{Codes, Fault, SwitchFault},
-    state::{Device, Event, INVALID, NOT_EXIST, NOT_SUPPORT, OK, State, TIME_OUT, instance},
+    state::{Device, Event, INVALID, NOT_EXIST, NOT_SUPPORT, OCCUPIED, OK, State, TIME_OUT, instance},
 };
 
 /// `struct dcmi_chip_info_v2`.
@@ -263,20 +263,40 @@ fn answer(symbol: &str, card: c_int, device: c_int, read: impl FnOnce(&mut Devic
     })
 }
 
-/// A reset of a device: refused as any call on it, else all that goes with it is well, and a line beside the script says
-/// that it was asked for.
+/// A reset of a device: refused as any call on it, or as occupied while a worker or a probe is on what goes with it. Else
+/// all that goes with it is well, now and for the next process that reads the script. A line beside the script says that
+/// it was asked for and what came of it.
 fn reset(symbol: &str, card: c_int, device: c_int) -> c_int {
-    let code = answer(symbol, card, device, |_| Ok(()));
-    if let Some(script) = std::env::var_os("BERTH_DOUBLE_SCRIPT") {
-        let path = format!("{}.resets", std::path::Path::new(&script).display());
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
-        let line = format!("{card}.{device}{}\n", if code == OK { "" } else { " refused" });
-        let _ = file.and_then(|mut file| std::io::Write::write_all(&mut file, line.as_bytes()));
-    }
-    if code == OK {
-        instance().call(|_| 0, |state| state.reset(card));
+    let script = std::env::var_os("BERTH_DOUBLE_SCRIPT");
+    let along = instance().call(|_| 0, |state| state.along(card));
+    let in_use = || {
+        let script = script.as_deref().unwrap_or_default();
+        users(script, |local| along.iter().any(|(card, device)| local == format!("{card}.{device}")))
+    };
+    let mut users = in_use();
+    let mut code = answer(symbol, card, device, |_| Ok(()));
+    users.extend(in_use());
+    let said = match (code, users.is_empty()) {
+        (OK, true) => String::new(),
+        (OK, false) => {
+            code = OCCUPIED;
+            format!(" in use by {}", users.join(", "))
+        }
+        _ => " refused".to_owned(),
+    };
+    let well = if code == OK { instance().call(|_| 0, |state| state.reset(card)) } else { Vec::new() };
+    if let Some(script) = script {
+        let path = std::path::PathBuf::from(format!("{}.resets", std::path::Path::new(&script).display()));
+        append(&path, &format!("{card}.{device}{said}"));
+        well.iter().for_each(|line| append(std::path::Path::new(&script), line));
     }
     code
+}
+
+/// A line at the end of a file; one that cannot be written is missed by whoever looks for it.
+fn append(path: &std::path::Path, line: &str) {
+    let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    let _ = file.and_then(|mut file| std::io::Write::write_all(&mut file, format!("{line}\n").as_bytes()));
 }
 
 /// Resets a device.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use berth_double_stage::{Instance, Library};
+use serde_json::json;
 
 use crate::script::{Assertion, Codes, DeviceHeader, Fault, Header, Line, Set, SwitchFault, Value};
 
@@ -16,6 +17,8 @@ pub const INVALID: i32 = -8001;
 pub const TIME_OUT: i32 = -8006;
 /// No such device.
 pub const NOT_EXIST: i32 = -8008;
+/// Somebody uses it.
+pub const OCCUPIED: i32 = -8020;
 /// Not supported by this device, driver or generation.
 pub const NOT_SUPPORT: i32 = -8255;
 
@@ -189,18 +192,30 @@ impl State {
         1
     }
 
-    /// What a reset of one device does: its card, and the card that shares its network port, start anew and are well.
-    pub fn reset(&mut self, card: i32) {
+    /// What a reset of one device takes with it: its card, and the card that shares its network port; (card, device).
+    #[must_use]
+    pub fn along(&self, card: i32) -> Vec<(i32, i32)> {
         let brother =
             self.devices.iter().find(|device| device.header.card == card).and_then(|device| device.header.brother);
-        for device in &mut self.devices {
-            let along = device.header.card == card || Some(device.header.card) == brother;
-            if along {
-                (device.health, device.network, device.boot) = (Value::Number(0), Value::Number(0), Value::Number(16));
-                (device.codes, device.next_isolated) = (Codes::default(), Value::Number(0));
-                device.returns.clear();
-            }
-        }
+        let places = self.devices.iter().map(|device| (device.header.card, device.header.device));
+        places.filter(|(of, _)| *of == card || Some(*of) == brother).collect()
+    }
+
+    /// Resets what goes with `card`: it starts anew and is well. Answers the lines of a script that say the same.
+    pub fn reset(&mut self, card: i32) -> Vec<String> {
+        let along = self.along(card);
+        let along = self.devices.iter_mut().filter(|one| along.contains(&(one.header.card, one.header.device)));
+        let well = |device: &mut Device| {
+            (device.health, device.network, device.boot) = (Value::Number(0), Value::Number(0), Value::Number(16));
+            (device.codes, device.next_isolated) = (Codes::default(), Value::Number(0));
+            let returns: BTreeMap<String, i32> =
+                std::mem::take(&mut device.returns).into_keys().map(|symbol| (symbol, OK)).collect();
+            json!({"dcmi": [device.header.card, device.header.device], "set": {
+                "health": 0, "network_health": 0, "boot_status": 16, "error_codes": [], "next_isolated": 0, "return": returns,
+            }})
+            .to_string()
+        };
+        along.map(well).collect()
     }
 
     /// The first event that `wanted` takes.
@@ -339,6 +354,20 @@ mod tests {
         assert_eq!(state.devices[0].health.get(), Ok(3));
         state.reset(3);
         let device = &state.devices[0];
+        assert_eq!((device.health.get(), &device.codes, device.admit("dcmi_x")), (Ok(0), &Codes::default(), Ok(())));
+    }
+
+    #[test]
+    fn another_process_reads_in_the_script_what_a_reset_did() {
+        let line = r#"{"dcmi":[3,1],"set":{"health":3,"error_codes":["0x80E01801"],"return":{"dcmi_x":-8012}}}"#;
+        let (mut one, mut two) = (state(), state());
+        apply(&mut one, line).unwrap();
+        let said = one.reset(3);
+        assert_eq!(said.len(), 1);
+        for line in std::iter::once(line).chain(said.iter().map(String::as_str)) {
+            apply(&mut two, line).unwrap();
+        }
+        let device = &two.devices[0];
         assert_eq!((device.health.get(), &device.codes, device.admit("dcmi_x")), (Ok(0), &Codes::default(), Ok(())));
     }
 

@@ -4,6 +4,7 @@
 //! It knows no vendor and decides nothing.
 
 pub mod ffi;
+pub mod users;
 pub mod words;
 
 use std::{

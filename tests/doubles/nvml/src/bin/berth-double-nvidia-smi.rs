@@ -1,15 +1,20 @@
 //! A double of `nvidia-smi --gpu-reset -i <bus address>`: writes into the script that `BERTH_DOUBLE_SCRIPT` names that the
-//! device is well again, and one line into `<script>.resets`. While a file `<script>.refuse` exists it refuses as the real
-//! one does when somebody has the device open.
+//! device is well again, and one line into `<script>.resets`. It refuses, as the real one does, when somebody has the device
+//! open: a worker or a probe of that node, or while a file `<script>.refuse` exists. It takes as many milliseconds as a file
+//! `<script>.hang` says; one that is ended before did nothing.
 //! It must never be part of what ships.
 
 use std::{
     env,
-    fs::OpenOptions,
+    fs::{self, OpenOptions},
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
+    thread,
+    time::Duration,
 };
+
+use berth_double_stage::users::users;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -31,11 +36,20 @@ fn reset(device: &str, script: &Path) -> (Result<String, String>, u8) {
         let file = OpenOptions::new().create(true).append(true).open(path);
         file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
     };
-    let refuses = beside("refuse").exists();
-    if let Err(error) = append(&beside("resets"), &format!("{device}{}", if refuses { " refused" } else { "" })) {
+    let in_use = || users(script.as_os_str(), |local| local == device);
+    let mut users = in_use();
+    let takes = fs::read_to_string(beside("hang")).ok().and_then(|text| text.trim().parse().ok());
+    thread::sleep(Duration::from_millis(takes.unwrap_or(0)));
+    users.extend(in_use());
+    let refused = match (beside("refuse").exists(), users.is_empty()) {
+        (true, _) => " refused".to_owned(),
+        (false, true) => String::new(),
+        (false, false) => format!(" in use by {}", users.join(", ")),
+    };
+    if let Err(error) = append(&beside("resets"), &format!("{device}{refused}")) {
         return (Err(error.to_string()), 1);
     }
-    if refuses {
+    if !refused.is_empty() {
         let words = format!("GPU {device} is in use by one or more applications: it was not reset");
         return (Err(words), 3);
     }
