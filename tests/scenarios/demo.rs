@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use berth_tests::demo::{self, Options, Report, nodes::Fleet};
+use berth_types::{Action, Vendor};
 
 /// The simulated nodes.
 const FLEET: Fleet = Fleet::BOTH;
@@ -42,12 +43,26 @@ fn assert_repaired(report: &Report) {
     }
     assert_eq!(report.fault.len(), [FLEET.nvidia, FLEET.ascend].into_iter().filter(|nodes| *nodes > 0).count());
     assert_evened_out(report);
+    assert_reset_by_order(report);
     let drain = report.drain.as_ref().unwrap();
     assert!(drain.requests > 0 && drain.failed_requests == 0, "{drain:?}");
     assert_eq!(report.returned.len(), report.fault.len());
     for (returned, fault) in report.returned.iter().zip(&report.fault) {
         assert_eq!(returned.devices, fault.devices);
         assert!(returned.used_ms >= returned.healthy_ms, "{returned:?}");
+    }
+}
+
+/// Every step came, in its order; a card's two devices went together; the vendor's call was asked for once.
+fn assert_reset_by_order(report: &Report) {
+    let reset: Vec<_> = report.reset.iter().map(|reset| (reset.vendor, reset.devices.len(), reset.action)).collect();
+    assert_eq!(reset, [(Vendor::Nvidia, 1, Action::ResetDevice), (Vendor::Ascend, 2, Action::ResetGroup)]);
+    for reset in &report.reset {
+        let steps = [reset.told_ms, reset.ordered_ms, reset.reset_ms, reset.validated_ms, reset.healthy_ms];
+        assert!(steps.is_sorted() && steps[0] > 0.0, "{reset:?}");
+        assert!(reset.emptied_ms <= reset.ordered_ms && reset.healthy_ms <= reset.used_ms, "{reset:?}");
+        assert!(reset.requests > 0 && reset.failed_requests == 0, "{reset:?}");
+        assert!(reset.asked.len() == 1 && reset.device.ends_with(&reset.asked[0]), "{reset:?}");
     }
 }
 

@@ -98,8 +98,17 @@ fn judge(report: &Report) -> Result<String, String> {
     if let Some(drain) = report.drain.as_ref().filter(|drain| drain.failed_requests > 0) {
         return Err(format!("{} requests failed while {} was drained", drain.failed_requests, drain.node));
     }
+    for reset in &report.reset {
+        if reset.failed_requests > 0 || reset.asked.len() != 1 {
+            return Err(format!(
+                "{} requests failed while {} was reset; the vendor's call was asked for {:?}",
+                reset.failed_requests, reset.device, reset.asked
+            ));
+        }
+    }
     let total = report.durations_s.get("total").copied().unwrap_or_default();
-    Ok(format!("done in {total:.0} s: {} prompts right, {} faults repaired", report.prompts.len(), report.fault.len()))
+    let (prompts, faults, resets) = (report.prompts.len(), report.fault.len(), report.reset.len());
+    Ok(format!("done in {total:.0} s: {prompts} prompts right, {faults} faults repaired, {resets} resets by order"))
 }
 
 fn say(line: &str) {

@@ -84,7 +84,7 @@ pub(super) async fn drain_a_node(
 }
 
 /// Brings lost devices back: they are validated, watched, and used again.
-pub(super) async fn bring_back(cluster: &Cluster, loss: &Loss, report: &mut Report, progress: &Progress) -> Result<()> {
+pub(super) async fn bring_back(cluster: &Cluster, loss: &Loss, progress: &Progress) -> Result<ReturnReport> {
     let client = cluster.client();
     let devices = loss.devices();
     let started = Instant::now();
@@ -106,12 +106,11 @@ pub(super) async fn bring_back(cluster: &Cluster, loss: &Loss, report: &mut Repo
     progress
         .detail(&format!("{}: healthy after {healthy_ms:.0} ms, in use after {used_ms:.0} ms", listed(devices.iter())));
     let devices = devices.iter().map(ToString::to_string).collect();
-    report.returned.push(ReturnReport { devices, healthy_ms, used_ms });
-    Ok(())
+    Ok(ReturnReport { devices, healthy_ms, used_ms })
 }
 
 /// Waits until the demo's placement serves an assignment whose devices are as wanted, and nothing drains any more.
-async fn placed(client: &Client, what: &str, wanted: impl Fn(&[DeviceId]) -> bool) -> Result<()> {
+pub(super) async fn placed(client: &Client, what: &str, wanted: impl Fn(&[DeviceId]) -> bool) -> Result<()> {
     objects::wait_for(what, PATIENCE, || async {
         let status = objects::placement(client).await?.status.unwrap_or_default();
         let devices = assigned(&status);
@@ -128,15 +127,15 @@ async fn placed(client: &Client, what: &str, wanted: impl Fn(&[DeviceId]) -> boo
     .await
 }
 
-fn assigned(status: &ExpertPlacementStatus) -> Vec<DeviceId> {
+pub(super) fn assigned(status: &ExpertPlacementStatus) -> Vec<DeviceId> {
     status.assignment.as_ref().map(|assignment| assignment.devices.clone()).unwrap_or_default()
 }
 
-fn listed<'a>(devices: impl Iterator<Item = &'a DeviceId>) -> String {
+pub(super) fn listed<'a>(devices: impl Iterator<Item = &'a DeviceId>) -> String {
     devices.map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn count(number: usize) -> u64 {
+pub(super) fn count(number: usize) -> u64 {
     u64::try_from(number).unwrap_or(u64::MAX)
 }
 

@@ -9,7 +9,7 @@ use berth_types::{DeviceId, Geometry, WeightFormat};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 
-use super::nodes::{DeviceNode, Loss};
+use super::nodes::{DeviceNode, Loss, ResetFault};
 use super::{Options, objects};
 use crate::control_plane::ControlPlaneConfig;
 use crate::process_kubelet::{KubeletConfig, SimulatedNode};
@@ -169,6 +169,17 @@ impl Cluster {
         Ok(())
     }
 
+    /// Installs the chart so that the operator orders resets and agents carry them out, NVIDIA's by the double of
+    /// `nvidia-smi`; with further values.
+    ///
+    /// # Errors
+    /// As [`Self::install`].
+    pub async fn install_acting(&self, values: &[String]) -> Result<()> {
+        let tool = format!("agent.nvidiaSmi={}", built("berth-double-nvidia-smi")?.display());
+        let acting = ["operator.remediation.mode=Act".to_owned(), tool];
+        self.install_with(&[acting.as_slice(), values].concat()).await
+    }
+
     /// Applies a ModelProfile made from the checkpoint's config.json.
     ///
     /// # Errors
@@ -219,6 +230,16 @@ impl Cluster {
         loss.ok_or_else(|| Error::Unknown { what: "device", name: device.to_string() })
     }
 
+    /// A fault of `device` that only a reset ends, ready to happen; `code` is the vendor's: an Xid, or `0x…`.
+    ///
+    /// # Errors
+    /// When the device is on none of the nodes.
+    pub fn reset_fault_of(&self, device: &DeviceId, code: &str) -> Result<ResetFault> {
+        let node = self.nodes.iter().find(|node| node.name() == device.node());
+        let fault = node.and_then(|node| node.reset_fault_of(device, code));
+        fault.ok_or_else(|| Error::Unknown { what: "device", name: device.to_string() })
+    }
+
     /// When the agent's ledger had decided that all of `loss` is lost, milliseconds of Unix time: by the agent's own log,
     /// since objects tell whole seconds.
     ///
@@ -241,7 +262,7 @@ impl Cluster {
             }
             let log = self.kubelet.log(&namespace, &pod, &container)?;
             if log.contains(&node) {
-                return Ok(log.lines().rev().find_map(|line| lost_at(line, device.local())));
+                return Ok(lost_since(&log, device.local()));
             }
         }
         Ok(None)
@@ -302,15 +323,22 @@ impl Cluster {
     }
 }
 
-/// The time of a log line that says that the device `local` is lost.
-fn lost_at(line: &str, local: &str) -> Option<f64> {
-    let line: Value = serde_json::from_str(line).ok()?;
-    let field = |name: &str| line.get(name).and_then(Value::as_str);
-    if field("message") != Some("health") || field("device") != Some(local) || field("health") != Some("Unhealthy") {
-        return None;
+/// Since when an agent's log says that the device `local` is Unhealthy; nothing if it is not, as far as the log goes.
+fn lost_since(log: &str, local: &str) -> Option<f64> {
+    let mut since = None;
+    for line in log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+        let field = |name: &str| line.get(name).and_then(Value::as_str);
+        if field("message") != Some("health") || field("device") != Some(local) {
+            continue;
+        }
+        let at = field("timestamp").and_then(|text| text.parse::<jiff::Timestamp>().ok());
+        // What is done about it next changes its words, not when it was lost.
+        since = match (field("health"), at) {
+            (Some("Unhealthy"), Some(at)) => since.or(Some(at.as_duration().as_millis_f64())),
+            _ => None,
+        };
     }
-    let at: jiff::Timestamp = field("timestamp")?.parse().ok()?;
-    Some(at.as_duration().as_millis_f64())
+    since
 }
 
 /// A file that cargo built beside this program.

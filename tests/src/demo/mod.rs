@@ -9,6 +9,7 @@ pub mod objects;
 mod progress;
 pub mod prompts;
 mod report;
+mod resets;
 mod skew;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use berth_crds::ModelDeployment;
 use berth_types::{DeviceId, Vendor};
+use futures::future::try_join_all;
 use serde_json::json;
 
 use crate::{Error, Result};
@@ -24,7 +26,9 @@ use nodes::{Fleet, Loss};
 use progress::Progress;
 use prompts::{Case, Runner};
 
-pub use report::{DrainReport, FaultReport, PlacementReport, PromptReport, RebalanceReport, Report, ReturnReport};
+pub use report::{
+    DrainReport, FaultReport, PlacementReport, PromptReport, RebalanceReport, Report, ResetReport, ReturnReport,
+};
 
 /// Longest time for each thing that is waited for.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -87,8 +91,8 @@ async fn serve(
     progress: &mut Progress,
 ) -> Result<Report> {
     let client = cluster.client();
-    progress.step("install", "installing the chart: operator, scheduler, agents");
-    cluster.install().await?;
+    progress.step("install", "installing the chart: operator, scheduler, agents; resets are ordered, not only advised");
+    cluster.install_acting(&[]).await?;
     progress.detail(&cluster.kubectl(&["-n", cluster::NAMESPACE, "get", "pods", "-o", "wide"]).await?);
 
     progress.step("nodes", "waiting for the agents' reports");
@@ -130,9 +134,13 @@ async fn serve(
     progress.step("drain", "kubectl cordon: the experts of a node leave, and come back with uncordon");
     changes::drain_a_node(cluster, &runner, &long, &mut report, progress).await?;
     progress.step("return", "what was lost comes back: validated, watched, used again");
-    for loss in &losses {
-        changes::bring_back(cluster, loss, &mut report, progress).await?;
-    }
+    let shown: &Progress = progress;
+    let back = losses.iter().map(|loss| changes::bring_back(cluster, loss, shown));
+    report.returned = try_join_all(back).await?;
+    progress
+        .step("reset", "a GPU, then an NPU, must be reset: emptied, reset by order, validated, watched, used again");
+    let vendors: Vec<Vendor> = losses.iter().map(Loss::vendor).collect();
+    resets::reset_by_order(cluster, &vendors, &runner, &long, &mut report, progress).await?;
 
     progress.step("prompts_after", "serving the same prompts on what is left and what came back");
     serve_all(&runner, cases, "after", &mut report, progress).await?;

@@ -13,10 +13,16 @@ use super::cluster::built;
 use crate::process_kubelet::SimulatedNode;
 use crate::{Error, Result};
 
+mod reset_fault;
+
+pub use reset_fault::ResetFault;
+
 /// Memory of each simulated NVIDIA device, bytes.
 const H100_BYTES: u64 = 85_899_345_920;
 /// Memory of each simulated Ascend device, bytes: a card has two.
 const ASCEND_BYTES: u64 = 68_719_476_736;
+/// Calls that a card off its bus does not answer; no reset in band brings it back.
+const CARD_CALLS: [&str; 3] = ["dcmi_get_device_health", "dcmi_get_device_errorcode_v2", "dcmi_set_device_reset"];
 /// How the configuration space of a device that left its bus begins.
 const ABSENT: &[u8] = &[0xFF; 4];
 
@@ -116,6 +122,10 @@ impl DeviceNode {
             fs::write(&path, content).map_err(Error::file("write", &path))?;
         }
         Ok(())
+    }
+
+    fn beside_script(&self, ending: &str) -> PathBuf {
+        PathBuf::from(format!("{}.{ending}", self.script.display()))
     }
 
     /// How the configuration space of a device begins: vendor and device.
@@ -220,6 +230,12 @@ impl Loss {
         &self.ids
     }
 
+    /// Their vendor.
+    #[must_use]
+    pub const fn vendor(&self) -> Vendor {
+        self.node.vendor
+    }
+
     /// What happens, in a person's words.
     #[must_use]
     pub const fn what(&self) -> &'static str {
@@ -263,7 +279,7 @@ impl Loss {
                 }
                 Vendor::Ascend => json!({
                     "dcmi": device.script_id,
-                    "set": {"return": {"dcmi_get_device_health": -8012, "dcmi_get_device_errorcode_v2": -8012}},
+                    "set": {"return": CARD_CALLS.map(|call| (call, -8012)).into_iter().collect::<BTreeMap<_, _>>()},
                     "fault": {"id": "0x40F84E00", "assertion": "occur", "severity": 3},
                 }),
             };
@@ -282,7 +298,7 @@ impl Loss {
                 Vendor::Nvidia => json!({"nvml": device.script_id, "set": {"lost": false}}),
                 Vendor::Ascend => json!({
                     "dcmi": device.script_id,
-                    "set": {"return": {"dcmi_get_device_health": 0, "dcmi_get_device_errorcode_v2": 0}},
+                    "set": {"return": CARD_CALLS.map(|call| (call, 0)).into_iter().collect::<BTreeMap<_, _>>()},
                     "fault": {"id": "0x40F84E00", "assertion": "recover", "severity": 3},
                 }),
             };

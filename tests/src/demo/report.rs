@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use berth_types::{Action, Vendor};
 use serde::Serialize;
 
 use crate::{Error, Result};
@@ -28,6 +29,8 @@ pub struct Report {
     /// What came back, fault by fault.
     #[serde(rename = "return")]
     pub returned: Vec<ReturnReport>,
+    /// What was reset by order, vendor by vendor.
+    pub reset: Vec<ResetReport>,
     /// Seconds per step.
     pub durations_s: BTreeMap<String, f64>,
 }
@@ -136,6 +139,43 @@ pub struct ReturnReport {
     pub healthy_ms: f64,
     /// Until the placement used them again.
     pub used_ms: f64,
+}
+
+/// A device that was reset by order. Each time is from its fault to when the objects first said so.
+#[derive(Debug, Clone, Serialize)]
+pub struct ResetReport {
+    /// Its vendor.
+    pub vendor: Vendor,
+    /// The device with the fault.
+    pub device: String,
+    /// All devices that were reset together.
+    pub devices: Vec<String>,
+    /// The vendor's code.
+    pub code: String,
+    /// What its agent advised.
+    pub action: Action,
+    /// The order's id.
+    pub order: String,
+    /// Until the AcceleratorNode told the fault and what is to be done.
+    pub told_ms: f64,
+    /// Until no expert was placed on any of the devices.
+    pub emptied_ms: f64,
+    /// Until the operator had ordered the reset.
+    pub ordered_ms: f64,
+    /// Until the agent said that it is carried out.
+    pub reset_ms: f64,
+    /// Until the device had passed its validation; its probation begins.
+    pub validated_ms: f64,
+    /// Until all devices were Healthy and Schedulable, and nothing cordoned them.
+    pub healthy_ms: f64,
+    /// Until the placement used all of them again.
+    pub used_ms: f64,
+    /// Resets that the vendor's own call was asked for on that node, with why one was refused.
+    pub asked: Vec<String>,
+    /// Requests that were served meanwhile.
+    pub requests: u64,
+    /// Requests among them that failed or gave other tokens.
+    pub failed_requests: u64,
 }
 
 impl Report {
