@@ -30,8 +30,13 @@ use serde_json::json;
 mod device_taints;
 
 const GPU: &str = "gpu-01/0000:3b:00.0";
-const NPU: &str = "npu-01/0.0";
-const FLEET: Fleet = Fleet { nvidia: 2, ascend: 1 };
+/// The second device of a card.
+const NPU: &str = "npu-01/0.1";
+/// The first, which has no fault.
+const SIBLING: &str = "npu-01/0.0";
+/// A device of another card.
+const LOST: &str = "npu-02/0.0";
+const FLEET: Fleet = Fleet::BOTH;
 /// A fault, an emptied device, a reset and a probation fit in.
 const PATIENCE: Duration = Duration::from_secs(120);
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/berth");
@@ -42,7 +47,7 @@ struct World {
 
 impl World {
     async fn install() -> Self {
-        let checkpoint = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models/v3-tiny"));
+        let checkpoint = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models/v4-tiny"));
         let options = Options {
             name: "remediation".into(),
             fleet: FLEET,
@@ -58,7 +63,8 @@ impl World {
         cluster.install_with(&values).await.unwrap();
         objects::nodes_are_healthy(cluster.client(), FLEET.len(), PATIENCE).await.unwrap();
         cluster.apply_profile(&checkpoint).await.unwrap();
-        cluster.apply_deployment(DEPLOYMENT, &checkpoint, &json!({"vendors": ["nvidia"]})).await.unwrap();
+        let devices = json!({"perInstance": FLEET.len() * 2, "crossVendor": true});
+        cluster.apply_deployment(DEPLOYMENT, &checkpoint, &devices).await.unwrap();
         objects::deployment_is_ready(cluster.client(), DEPLOYMENT, PATIENCE).await.unwrap();
         Self { cluster }
     }
@@ -127,6 +133,20 @@ impl World {
         ours.map(|ours| (ours.status, ours.message.unwrap_or_default())).unwrap_or_default()
     }
 
+    /// Waits until experts are on all of these.
+    async fn used<const N: usize>(&self, devices: [&str; N]) {
+        objects::wait_for(&format!("experts on {devices:?}"), PATIENCE, || async {
+            for device in devices {
+                if !self.assigned(device).await {
+                    return Ok(Err(format!("none on {device}")));
+                }
+            }
+            Ok(Ok(()))
+        })
+        .await
+        .unwrap();
+    }
+
     async fn assigned(&self, device: &str) -> bool {
         let api: Api<ExpertPlacement> = Api::namespaced(self.cluster.client().clone(), objects::NAMESPACE);
         let placements = api.list(&ListParams::default()).await.unwrap().items;
@@ -153,6 +173,7 @@ async fn a_device_is_emptied_reset_validated_and_comes_back_and_a_failed_reset_c
     let act = ["--set", "operator.remediation.mode=Act"];
     world.cluster.plane().helm(&[&upgrade[..], &act[..]].concat()).await.unwrap();
     the_device_is_reset_and_comes_back(&world).await;
+    a_card_is_emptied_with_the_sibling_that_is_well_and_reset_once(&world).await;
     a_reset_that_fails_climbs_to_a_person(&world).await;
     world.cluster.end().await.unwrap();
 }
@@ -208,26 +229,62 @@ async fn the_device_is_reset_and_comes_back(world: &World) {
     assert_eq!(world.node(GPU).await.status.unwrap().orders.len(), 1, "it stays to be seen");
 }
 
+async fn a_card_is_emptied_with_the_sibling_that_is_well_and_reset_once(world: &World) {
+    world.used([NPU, SIBLING]).await;
+    let line =
+        r#"{"dcmi":[0,1],"set":{"health":1,"error_codes":["0x80AD8009"]},"fault":{"id":"0x80AD8009","severity":1}}"#;
+    world.append("npu-01.jsonl", line);
+    let faulty = world.until("the fault", NPU, |node| shown(node, NPU).filter(|one| one.action > Action::None)).await;
+    assert_eq!((faulty.admission, faulty.action), (Admission::Draining, Action::ResetGroup), "{}", faulty.evidence);
+    assert_eq!(world.device(SIBLING).await.health, Health::Healthy);
+    let cordoned = |node: &AcceleratorNode| {
+        let devices: Vec<_> = node.spec.cordoned_devices.iter().map(|one| one.device.to_string()).collect();
+        (devices == [SIBLING, NPU]).then_some(())
+    };
+    world.until("the cordons", NPU, cordoned).await;
+    let order = world.until("the order", NPU, |node| fate(node, NPU)).await;
+    if !order.phase.is_final() {
+        let used = (world.assigned(NPU).await, world.assigned(SIBLING).await);
+        assert_eq!(used, (false, false), "what goes along is emptied too");
+    }
+    let done = world.until("the reset", NPU, |node| fate(node, NPU).filter(|one| one.phase.is_final())).await;
+    assert_eq!((done.id, done.phase), (order.id, OrderPhase::Succeeded), "{}", done.message);
+    for device in [NPU, SIBLING] {
+        let back = |node: &AcceleratorNode| {
+            let one = shown(node, device)?;
+            let well = (one.health, one.admission) == (Health::Healthy, Admission::Schedulable);
+            (well && node.spec.orders.is_empty() && node.spec.cordoned_devices.is_empty()).then_some(())
+        };
+        world.until("the return", device, back).await;
+    }
+    assert_eq!(world.resets("npu-01"), ["0.1"], "once for both, and nothing ran on either");
+    for reason in ["RemediationOrdered", "RemediationCarriedOut", "RemediationSucceeded", "Recovered"] {
+        world.told(NPU, reason).await;
+    }
+    world.used([NPU, SIBLING]).await;
+}
+
 async fn a_reset_that_fails_climbs_to_a_person(world: &World) {
     let calls =
         r#"{"dcmi_get_device_health":-8012,"dcmi_get_device_errorcode_v2":-8012,"dcmi_set_device_reset":-8015}"#;
     let line = format!(r#"{{"dcmi":[0,0],"set":{{"return":{calls}}},"fault":{{"id":"0x40F84E00","severity":3}}}}"#);
-    world.append("npu-01.jsonl", &line);
-    let failed = world.until("the failed reset", NPU, |node| fate(node, NPU).filter(|one| one.phase.is_final())).await;
+    world.append("npu-02.jsonl", &line);
+    let failed =
+        world.until("the failed reset", LOST, |node| fate(node, LOST).filter(|one| one.phase.is_final())).await;
     assert_eq!((failed.action, failed.phase), (Action::ResetGroup, OrderPhase::Failed), "{}", failed.message);
     assert!(failed.message.contains("dcmi_set_device_reset answers -8015"), "{}", failed.message);
-    assert_eq!(world.resets("npu-01"), ["0.0 refused"]);
-    let climbed = |node: &AcceleratorNode| shown(node, NPU).filter(|one| one.action == Action::RebootNode);
-    let device = world.until("the next step", NPU, climbed).await;
+    assert_eq!(world.resets("npu-02"), ["0.0 refused"]);
+    let climbed = |node: &AcceleratorNode| shown(node, LOST).filter(|one| one.action == Action::RebootNode);
+    let device = world.until("the next step", LOST, climbed).await;
     assert_eq!(device.admission, Admission::Barred);
-    let told = world.told(NPU, "RebootNeeded").await;
+    let told = world.told(LOST, "RebootNeeded").await;
     assert!(told.contains("may not boot nodes"), "{told}");
     let needed = |node: &AcceleratorNode| node.annotations().get("berth.dev/reboot-needed").cloned();
-    let needed = world.until("the annotation", NPU, needed).await;
+    let needed = world.until("the annotation", LOST, needed).await;
     assert!(needed.contains("0.0 DeviceLost"), "{needed}");
     let node =
-        world.until("an end of the operation", NPU, |node| node.spec.orders.is_empty().then(|| node.clone())).await;
+        world.until("an end of the operation", LOST, |node| node.spec.orders.is_empty().then(|| node.clone())).await;
     assert!(node.spec.cordoned_devices.is_empty(), "{:?}", node.spec);
-    let fine = world.device("npu-01/0.1").await;
+    let fine = world.device("npu-02/0.1").await;
     assert!(fine.reset_group.starts_with("module"), "{fine:?}");
 }
