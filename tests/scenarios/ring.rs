@@ -7,6 +7,7 @@ mod deposed;
 mod hangs;
 mod kills;
 mod many;
+mod orders;
 mod processes;
 mod rights;
 
@@ -36,8 +37,6 @@ use serde_json::json;
 
 use crate::cluster::has;
 
-/// The nodes.
-const FLEET: Fleet = Fleet::NVIDIA;
 /// Longest time for anything that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Tokens of a prompt that something happens in the middle of.
@@ -46,6 +45,7 @@ const LONG: u32 = 200;
 /// The installed system with the demo's deployment.
 pub(crate) struct Ring {
     cluster: Cluster,
+    fleet: Fleet,
     client: Client,
     /// The checkpoint that is served, and a copy of it beside it.
     checkpoints: [PathBuf; 2],
@@ -55,33 +55,44 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
+    /// Two NVIDIA nodes, and advice only about devices that are not well.
     async fn install() -> Self {
-        let source = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models/v3-tiny"));
-        let root = target_dir().join("ring-weights");
+        let ring = Self::start("ring", Fleet::NVIDIA, "v3-tiny").await;
+        ring.cluster.install().await.expect("the chart installed");
+        ring.serve(&json!({})).await
+    }
+
+    /// A cluster without Berth, and two copies of a checkpoint beside it.
+    async fn start(name: &str, fleet: Fleet, model: &str) -> Self {
+        let source = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/data/reference/models")).join(model);
+        let root = target_dir().join(format!("{name}-weights"));
         let checkpoints = ["first", "second"].map(|name| copy(&source, &root.join(name)));
         let options = Options {
-            name: "ring".into(),
-            fleet: FLEET,
+            name: name.into(),
+            fleet,
             checkpoint: checkpoints[0].clone(),
             report: PathBuf::new(),
             kubeconfig: None,
             keep: false,
         };
         let cluster = Cluster::start(&options).await.expect("a cluster");
-        cluster.install().await.expect("the chart installed");
         let client = cluster.client().clone();
-        objects::nodes_are_healthy(&client, FLEET.len(), PATIENCE).await.expect("healthy nodes");
-        cluster.apply_profile(&checkpoints[0]).await.expect("a profile");
-        cluster.apply_deployment(DEPLOYMENT, &checkpoints[0], &json!({})).await.expect("a deployment");
         let cases = prompts::read_cases(&checkpoints[0]).expect("a reference");
         let long = Case { expected: None, max_tokens: LONG, ..cases[0].clone() };
-        let mut ring = Self { cluster, client, checkpoints, cases, long };
-        ring.settled().await;
-        ring.serves_the_reference(&ring.runner().await).await;
-        let answer = ring.runner().await.generate(&ring.long, LONG, |_| ()).await.expect("a long answer");
+        Self { cluster, fleet, client, checkpoints, cases, long }
+    }
+
+    /// The same with a deployment on `devices` that serves.
+    async fn serve(mut self, devices: &serde_json::Value) -> Self {
+        objects::nodes_are_healthy(&self.client, self.fleet.len(), PATIENCE).await.expect("healthy nodes");
+        self.cluster.apply_profile(&self.checkpoints[0]).await.expect("a profile");
+        self.cluster.apply_deployment(DEPLOYMENT, &self.checkpoints[0], devices).await.expect("a deployment");
+        self.settled().await;
+        self.serves_the_reference(&self.runner().await).await;
+        let answer = self.runner().await.generate(&self.long, LONG, |_| ()).await.expect("a long answer");
         assert!(answer.succeeded(), "{answer:?}");
-        ring.long.expected = Some(answer.ids);
-        ring
+        self.long.expected = Some(answer.ids);
+        self
     }
 
     /// Addresses of the instances that answer, as a client finds them.
@@ -145,7 +156,9 @@ impl Ring {
     async fn unsettled(&self) -> Option<String> {
         let pods = self.pods(cluster::NAMESPACE).await;
         let ready = pods.iter().filter(|pod| has(pod, "Ready")).count();
-        if (ready, pods.len()) != (6, 6) {
+        // Two operators, two schedulers, an agent per node.
+        let all = 4 + self.fleet.len();
+        if (ready, pods.len()) != (all, all) {
             return Some(format!("{ready} of {} pods ready", pods.len()));
         }
         let nodes: Api<AcceleratorNode> = Api::all(self.client.clone());
@@ -162,7 +175,7 @@ impl Ring {
             let nodes: BTreeSet<_> = assigned.devices.iter().map(|device| device.node()).collect();
             let slots = (status.slots_ready, status.slots_total);
             let whole = (status.serving_revision, status.draining_revision) == (assigned.revision, 0)
-                && (slots.0, status.experts_lost, nodes.len()) == (slots.1, 0, FLEET.len());
+                && (slots.0, status.experts_lost, nodes.len()) == (slots.1, 0, self.fleet.len());
             if !whole {
                 let serving = (status.serving_revision, status.draining_revision, status.experts_lost);
                 let (revision, devices) = (assigned.revision, assigned.devices);
@@ -209,5 +222,14 @@ async fn the_ring_lives_through_what_happens_to_it() {
     changes::a_deleted_deployment_leaves_no_object_process_or_loaded_slot(&ring).await;
     many::a_hundred_deployments_under_a_full_quota_come_to_rest_and_ten_serve(&ring).await;
     rights::parts_may_do_what_they_do_and_nothing_else(&ring).await;
+    ring.cluster.end().await.expect("nothing left");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_live_through_the_death_of_who_gives_and_who_carries_them_out() {
+    let ring = orders::install().await;
+    orders::an_order_outlives_its_leader_and_the_scheduler(&ring).await;
+    orders::a_reset_whose_agent_dies_in_it_is_made_once_more_by_an_order_of_its_own(&ring).await;
+    orders::every_device_is_used_and_nothing_is_left_to_do(&ring).await;
     ring.cluster.end().await.expect("nothing left");
 }

@@ -9,11 +9,11 @@ use super::{LONG, Ring, processes::signal, say};
 use crate::cluster::{eventually, first, has};
 
 /// A small generator of its own (splitmix64), so that a seed means the same on every machine.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
     /// A number below `end`.
-    fn below(&mut self, end: usize) -> usize {
+    pub(super) fn below(&mut self, end: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -21,14 +21,14 @@ impl Dice {
         usize::try_from((mixed ^ (mixed >> 31)) % u64::try_from(end).unwrap()).unwrap()
     }
 
-    fn pick<T>(&mut self, mut from: Vec<T>) -> T {
+    pub(super) fn pick<T>(&mut self, mut from: Vec<T>) -> T {
         assert!(!from.is_empty(), "nothing to choose from");
         from.swap_remove(self.below(from.len()))
     }
 }
 
 /// The seed: `BERTH_CHAOS_SEED`, or another one each time.
-fn seed() -> u64 {
+pub(super) fn seed() -> u64 {
     let given = std::env::var("BERTH_CHAOS_SEED").ok().map(|seed| seed.parse().expect("BERTH_CHAOS_SEED is a number"));
     given.unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs())
 }
@@ -73,16 +73,16 @@ pub(super) async fn parts_killed_in_the_middle_of_a_generation_change_no_token(r
 }
 
 /// A process that is to be killed.
-struct Victim {
+pub(super) struct Victim {
     /// The device of a worker, else the pod.
-    who: String,
-    pid: i32,
+    pub(super) who: String,
+    pub(super) pid: i32,
     /// Namespace, and how often its pod's container was restarted before; none for a worker.
     container: Option<(&'static str, i32)>,
 }
 
 impl Victim {
-    async fn choose(ring: &Ring, part: &str, dice: &mut Dice) -> Self {
+    pub(super) async fn choose(ring: &Ring, part: &str, dice: &mut Dice) -> Self {
         if part == "worker" {
             let worker = dice.pick(ring.loaded_workers().await);
             return Self { who: worker.device, pid: worker.pid, container: None };
@@ -95,14 +95,19 @@ impl Victim {
                 dice.pick(running.collect()).1
             }
         };
+        Self::of(ring, part, who).await
+    }
+
+    /// The process of a part in the pod `who`.
+    pub(super) async fn of(ring: &Ring, part: &str, who: String) -> Self {
         let namespace = if part == "runner" { objects::NAMESPACE } else { cluster::NAMESPACE };
-        let pid = kubelet.container_pid(namespace, &who, part).expect("it runs");
+        let pid = ring.cluster.kubelet().container_pid(namespace, &who, part).expect("it runs");
         let (restarts, _) = restarts(ring, namespace, &who).await.expect("a status");
         Self { who, pid, container: Some((namespace, restarts)) }
     }
 
     /// Waits until there is another in its place, and the objects speak of that one.
-    async fn is_replaced(&self, ring: &Ring) {
+    pub(super) async fn is_replaced(&self, ring: &Ring) {
         eventually(&format!("{} replaced", self.who), || async {
             let Some((namespace, before)) = self.container else {
                 let worker = ring.workers().into_iter().find(|worker| worker.device == self.who)?;
