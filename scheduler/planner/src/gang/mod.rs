@@ -5,6 +5,7 @@
 mod infeasible;
 mod search;
 mod slots;
+mod spans;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use berth_types::{Bytes, DeviceId};
 
-use super::{Infeasible, slots};
+use super::{
+    Infeasible, slots,
+    spans::{self, Domain},
+};
 use crate::{
     num,
     problem::{Device, Problem, Survive},
@@ -64,7 +67,8 @@ impl Search<'_> {
         Err(error.map_or(Infeasible::DevicesShort { wanted: 1, usable: 0, missing: 1 }, |(_, short)| short))
     }
 
-    /// Exactly `count` devices with their slots, from as few interconnect domains as possible.
+    /// Exactly `count` devices with their slots, from as few interconnect domains as possible, of one the smallest that
+    /// does: what stays free stays whole.
     fn with(&self, count: usize) -> Result<Vec<(usize, usize)>, Infeasible> {
         let mut rooms = vec![0; self.problem.devices.len()];
         for index in &self.group {
@@ -94,16 +98,14 @@ impl Search<'_> {
         if let Some(members) = single.into_iter().find_map(|domain| attempt(domain)) {
             return Ok(members);
         }
-        let mut ordered: Vec<_> = domains.values().collect();
-        ordered.sort_by_key(|domain| std::cmp::Reverse((held(domain), domain.len())));
-        let mut pool = Vec::new();
-        for domain in ordered {
-            pool.extend(domain.iter().copied());
-            if pool.len() >= count
-                && let Some(members) = attempt(&pool)
-            {
-                return Ok(members);
-            }
+        let pools: Vec<&Vec<usize>> = domains.values().collect();
+        let sizes: Vec<Domain> = pools.iter().map(|pool| Domain { held: held(pool), size: pool.len() }).collect();
+        let spanned = spans::best(&sizes, count, |set| {
+            let pool: Vec<usize> = set.iter().flat_map(|at| pools[*at].iter().copied()).collect();
+            attempt(&pool)
+        });
+        if let Some(members) = spanned {
+            return Ok(members);
         }
         Err(self.shortage(count))
     }
