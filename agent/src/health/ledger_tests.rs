@@ -106,6 +106,20 @@ fn a_lost_device_comes_back_only_after_reset_reading_validation_and_probation() 
 }
 
 #[test]
+fn a_device_that_a_line_calls_lost_and_that_answers_is_asked_again_until_it_is_seen_away() {
+    for away in [false, true] {
+        let asked = |ledger: &mut Ledger, at| ledger.tick(ms(at)).reread == [ONE];
+        let mut ledger = started();
+        assert_eq!(ledger.take(ms(1), &Fact::device(ONE, xid(79, None))).reread, [ONE]);
+        take(&mut ledger, 2, What::Reading(Box::new(reading(ms(2)))));
+        assert!(asked(&mut ledger, 151) && !asked(&mut ledger, 152) && asked(&mut ledger, 1_151));
+        take(&mut ledger, 1_200, What::Reading(Box::new(Reading { lost: away, ..reading(ms(1_200)) })));
+        assert!(asked(&mut ledger, 2_151) != away && asked(&mut ledger, 3_151) != away);
+        assert!(!asked(&mut ledger, 60_000), "it stays, and only a reset can help");
+    }
+}
+
+#[test]
 fn a_validation_is_due_once_a_lost_device_is_found_again_and_once_more_after_a_reset() {
     let due = |ledger: &Ledger| ledger.awaiting_validation().map(String::as_str).collect::<Vec<_>>().join(" ");
     let lost = |begun| What::Reading(Box::new(Reading { lost: true, ..reading(begun) }));

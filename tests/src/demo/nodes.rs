@@ -268,22 +268,24 @@ impl Loss {
     pub fn driver_notices(&self) -> Result<()> {
         let node = &self.node;
         self.lost.iter().try_for_each(|device| {
-            let line = match node.vendor {
-                Vendor::Nvidia => {
-                    let slot = device.pci.trim_end_matches(".0");
-                    let record = format!(
-                        "4,1000,1000000,-;NVRM: Xid (PCI:{slot}): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
-                    );
-                    append(&node.kmsg, &record)?;
-                    json!({"nvml": device.script_id, "set": {"lost": true}})
-                }
+            // The library first: a line says what has happened.
+            let said = match node.vendor {
+                Vendor::Nvidia => json!({"nvml": device.script_id, "set": {"lost": true}}),
                 Vendor::Ascend => json!({
                     "dcmi": device.script_id,
                     "set": {"return": CARD_CALLS.map(|call| (call, -8012)).into_iter().collect::<BTreeMap<_, _>>()},
                     "fault": {"id": "0x40F84E00", "assertion": "occur", "severity": 3},
                 }),
             };
-            append(&node.script, &format!("{line}\n"))
+            append(&node.script, &format!("{said}\n"))?;
+            if node.vendor == Vendor::Nvidia {
+                let slot = device.pci.trim_end_matches(".0");
+                let record = format!(
+                    "4,1000,1000000,-;NVRM: Xid (PCI:{slot}): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
+                );
+                append(&node.kmsg, &record)?;
+            }
+            Ok(())
         })
     }
 

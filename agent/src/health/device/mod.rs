@@ -305,6 +305,7 @@ impl Device {
         }
         let row = Row { reason: Reason::DeviceLost, words: catalog::REBOOT, clears: Clears::Probe };
         self.begin(now, row, Origin::Vendor, evidence);
+        self.await_loss(now);
     }
 
     /// Opens a condition, or adds a fact to the one that is open.

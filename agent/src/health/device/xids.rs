@@ -16,6 +16,9 @@ use crate::health::{
 /// How long a note waits for the process's number, and a disputed code for the driver's word. Well below
 /// the 250 ms in which a report must leave.
 pub(super) const PATIENCE: Duration = Duration::from_millis(150);
+/// How often, and how long after each other, a device that a line calls lost is asked again while it answers.
+const LOOKS: u8 = 3;
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// A line and an event of one number within this are one XID.
 pub(super) const SAME: Duration = Duration::from_secs(2);
 /// The very same line again within this is one record that was delivered twice.
@@ -44,6 +47,8 @@ pub(super) enum Waiting {
         program: bool,
         until: Duration,
     },
+    /// A device that a line calls lost and that still answers: it is asked again, so often more.
+    Lost { until: Duration, left: u8 },
 }
 
 impl Waiting {
@@ -52,7 +57,8 @@ impl Waiting {
             Self::Note { until, .. }
             | Self::Driver { until, .. }
             | Self::Line { until, .. }
-            | Self::Secondary { until, .. } => *until,
+            | Self::Secondary { until, .. }
+            | Self::Lost { until, .. } => *until,
         }
     }
 }
@@ -209,7 +215,12 @@ impl Device {
                 let row = Row { reason: Reason::FabricLinkDown, words, clears: Clears::Reading };
                 self.begin(now, row, Origin::Vendor, &xid.evidence());
             }
-            nvlink::Verdict::Ours => self.begin(now, row, Origin::Vendor, &xid.evidence()),
+            nvlink::Verdict::Ours => {
+                self.begin(now, row, Origin::Vendor, &xid.evidence());
+                if row.reason == Reason::DeviceLost {
+                    self.await_loss(now);
+                }
+            }
             nvlink::Verdict::Lesser => {
                 let row = Row { reason: Reason::FabricDegraded, words: catalog::FABRIC, clears: Clears::Reading };
                 self.begin(now, row, Origin::Vendor, &xid.evidence());
@@ -226,6 +237,21 @@ impl Device {
         } else if !hung {
             self.gsp_timeouts = 0;
         }
+    }
+
+    /// The driver may answer for a device a moment longer than it is there, and only a device that was seen to be away can
+    /// be seen to come back without a reset.
+    pub(super) fn await_loss(&mut self, now: Duration) {
+        self.waiting.retain(|waiting| !matches!(waiting, Waiting::Lost { .. }));
+        self.waiting.push(Waiting::Lost { until: now.saturating_add(PATIENCE), left: LOOKS });
+    }
+
+    /// Whether a line calls it lost and no reading has said so.
+    fn not_seen_lost(&self) -> bool {
+        let lost = self.conditions.get(&(Reason::DeviceLost, Origin::Vendor));
+        lost.is_some_and(|lost| {
+            lost.phase == Phase::Active && self.unreachable.is_none_or(|unreachable| unreachable < lost.since)
+        })
     }
 
     fn branch(&self) -> Option<u16> {
@@ -278,6 +304,14 @@ impl Device {
                 Waiting::Line { xid, row, until } if until <= now => {
                     self.device_row(now, &xid, row);
                     effects.push(Effect::Reread);
+                }
+                Waiting::Lost { until, left } if until <= now => {
+                    if self.not_seen_lost() {
+                        effects.push(Effect::Reread);
+                        if let Some(left) = left.checked_sub(1) {
+                            self.waiting.push(Waiting::Lost { until: now.saturating_add(LOOK_AGAIN), left });
+                        }
+                    }
                 }
                 Waiting::Driver { xid, firm, soft, at, until } => {
                     let read = self.last.as_ref().filter(|last| last.begun >= at);
