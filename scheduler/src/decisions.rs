@@ -21,6 +21,8 @@ struct Decision {
     since: Duration,
     /// When the loss was heard, on the clock that never falls; none = it repairs nothing.
     heard: Option<Duration>,
+    /// What was planned; none = nothing yet.
+    revision: Option<Revision>,
 }
 
 /// Those under way, one a placement.
@@ -49,7 +51,7 @@ impl Decisions {
                 self.of.retain(|known, decision| known != name || decision.heard.is_none() || decision.trace.is_some());
             }
             Some(Losses { trace, .. }) if !open => {
-                let decision = Decision { trace, since: self.clock.unix(), heard: Some(heard) };
+                let decision = Decision { trace, since: self.clock.unix(), heard: Some(heard), revision: None };
                 self.of.insert(name.clone(), decision);
                 self.metrics.repaired("told", self.clock.now().saturating_sub(heard));
             }
@@ -58,21 +60,24 @@ impl Decisions {
         self.metrics.repairs_open(self.of.values().filter(|decision| decision.heard.is_some()).count());
     }
 
-    /// A plan was made; returns the id of its trace.
-    pub fn planned(&mut self, name: &PlacementName, cause: Cause, began: Duration, plan: &str) -> String {
-        let ended = self.clock.unix();
+    /// A plan was made, to become `revision`; returns the id of its trace.
+    pub fn planned(&mut self, name: &PlacementName, cause: Cause, began: Duration, revision: Revision) -> String {
+        let (ended, plan) = (self.clock.unix(), format!("{name}-{revision}"));
         // A plan for another cause, in the middle of a repair, is a step of that repair.
         let known = self.of.get(name).copied();
-        let decision = known.unwrap_or(Decision { trace: None, since: began, heard: None });
-        let trace = self.step("placement.planned", name, decision.trace, (decision.since, ended), plan, cause.as_str());
+        let decision = known.unwrap_or(Decision { trace: None, since: began, heard: None, revision: None });
+        let trace =
+            self.step("placement.planned", name, decision.trace, (decision.since, ended), &plan, cause.as_str());
         self.stage(&decision, "planned");
-        self.of.insert(name.clone(), Decision { trace: Some(trace), since: ended, ..decision });
+        let revision = Some(revision);
+        self.of.insert(name.clone(), Decision { trace: Some(trace), since: ended, revision, ..decision });
         trace.trace_id()
     }
 
-    /// The plan's revision was stored and assigned.
+    /// The plan's revision was stored and assigned. One that was on its way when a repair began is no step of the repair.
     pub fn applied(&mut self, name: &PlacementName, revision: Revision) -> String {
-        let Some(decision) = self.of.get(name).copied() else { return String::new() };
+        let theirs = |decision: &&Decision| decision.revision == Some(revision);
+        let Some(decision) = self.of.get(name).filter(theirs).copied() else { return String::new() };
         let (ended, plan) = (self.clock.unix(), format!("{name}-{revision}"));
         let trace = self.step("placement.applied", name, decision.trace, (decision.since, ended), &plan, "");
         self.stage(&decision, "stored");
@@ -80,9 +85,12 @@ impl Decisions {
         trace.trace_id()
     }
 
-    /// Workers have loaded the revision, and runners are sent to it: the decision is theirs from now on.
+    /// Workers have loaded the revision, and runners are sent to it: its decision is theirs from now on. An earlier revision
+    /// that is loaded in the middle of a repair takes nothing from it.
     pub fn loaded(&mut self, name: &PlacementName, revision: Revision) -> Option<TraceContext> {
-        let decision = self.of.remove(name)?;
+        let theirs = |decision: &&Decision| decision.revision.is_some_and(|planned| planned <= revision);
+        let decision = *self.of.get(name).filter(theirs)?;
+        self.of.remove(name);
         let plan = format!("{name}-{revision}");
         let at = (decision.since, self.clock.unix());
         let trace = self.step("placement.loaded", name, decision.trace, at, &plan, "");
@@ -128,4 +136,26 @@ fn losses(index: &Index, now: Duration, name: &PlacementName) -> Losses {
         (known.state.admission == Admission::Barred).then(|| known.traceparent.parse().ok())?
     };
     Losses { count: gone.len(), trace: gone.iter().find_map(trace) }
+}
+
+#[cfg(test)]
+mod tests {
+    use berth_runtime::telemetry::Metrics;
+
+    use super::*;
+
+    #[test]
+    fn a_revision_that_is_loaded_in_the_middle_of_a_repair_takes_nothing_from_it() {
+        let clock = Clock::real();
+        let metrics = SchedulerMetrics::register(&Metrics::new("scheduler"));
+        let mut decisions = Decisions::new(clock.clone(), metrics);
+        let name: PlacementName = "models/v3-0".parse().unwrap();
+        let repair = decisions.planned(&name, Cause::Repair, clock.unix(), Revision(3));
+        assert_eq!(decisions.applied(&name, Revision(2)), "");
+        assert!(decisions.loaded(&name, Revision(2)).is_none());
+        assert_eq!(decisions.applied(&name, Revision(3)), repair);
+        let loaded = decisions.loaded(&name, Revision(3)).expect("the repair's trace");
+        assert_eq!(loaded.trace_id(), repair);
+        assert!(decisions.loaded(&name, Revision(3)).is_none());
+    }
 }

@@ -142,9 +142,9 @@ impl Ring {
         };
         memory.problem = None;
         memory.survives = Some(draft.plan.decision().survives);
-        let id = format!("{name}-{}", draft.plan.decision().revision);
-        let trace_id = self.decisions.planned(name, cause, began, &id);
-        tracing::info!(placement = %name, plan = id, trace_id, %cause, outcome = %draft.plan, "planned");
+        let revision = draft.plan.decision().revision;
+        let trace_id = self.decisions.planned(name, cause, began, revision);
+        tracing::info!(placement = %name, plan = %format_args!("{name}-{revision}"), trace_id, %cause, outcome = %draft.plan, "planned");
         if let Some(layout) = draft.plan.first() {
             tracing::debug!(placement = %name, changes = diff(placement.assigned().map(|one| &**one), layout), "moves");
         }
