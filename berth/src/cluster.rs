@@ -21,6 +21,10 @@ use crate::{table::Output, verdict::NotAuthorised};
 
 /// Longest wait for one answer.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Times that an object is read and written while others write it too.
+const TRIES: u32 = 5;
+/// HTTP's answer to a write of what was changed meanwhile.
+const CONFLICT: u16 = 409;
 /// Objects in one answer.
 const PAGE: u32 = 500;
 
@@ -104,15 +108,35 @@ impl Cluster {
         found.ok_or_else(|| anyhow!("there is no {} {name:?}", K::plural(&())))
     }
 
-    /// Sets one annotation of an object that is still as `version` says.
-    pub(crate) async fn annotate<K>(&self, name: &str, version: &str, key: &str, value: &str) -> anyhow::Result<()>
+    /// Sets one annotation of an object to what `say` makes of it. When somebody writes in between it is read and said
+    /// anew, so that two people never undo each other's word.
+    pub(crate) async fn annotate<K>(
+        &self,
+        name: &str,
+        key: &str,
+        say: impl Fn(&K) -> anyhow::Result<String>,
+    ) -> anyhow::Result<()>
     where
         K: Resource<Scope = ClusterResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
     {
-        let patch = serde_json::json!({"metadata": {"resourceVersion": version, "annotations": {key: value}}});
-        let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
         let api: Api<K> = Api::all(self.client.clone());
-        self.call::<K, _>("patch", api.patch(name, &params, &patch)).await.map(drop)
+        for left in (0..TRIES).rev() {
+            let object = self.get::<K>(name).await?;
+            let version = object.meta().resource_version.as_deref().context("an object without a version")?;
+            let value = say(&object)?;
+            let patch = serde_json::json!({"metadata": {"resourceVersion": version, "annotations": {key: value}}});
+            let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+            let write = async {
+                match api.patch(name, &params, &patch).await {
+                    Err(kube::Error::Api(status)) if status.code == CONFLICT && left > 0 => Ok(false),
+                    written => written.map(|_| true),
+                }
+            };
+            if self.call::<K, _>("patch", write).await? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// What the agent of `node` answers on `page` of its admin port, asked through the API server.

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use berth_agent::releases;
 use berth_crds::AcceleratorNode;
 use berth_types::DeviceId;
@@ -34,15 +34,14 @@ pub(crate) fn run(args: ReleaseArgs) -> anyhow::Result<Verdict> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let cluster = Cluster::connect(&ClusterArgs::of(kubeconfig, context)).await?;
-        let node = cluster.get::<AcceleratorNode>(device.node()).await?;
-        let local = device.local();
-        let known = node.status.iter().flat_map(|status| &status.devices).any(|known| known.device == device);
-        known.then_some(()).ok_or_else(|| anyhow!("{device}: its node knows no such device; see berth top devices"))?;
-        let text = node.metadata.annotations.as_ref().and_then(|all| all.get(releases::ANNOTATION));
-        let text = releases::with(text.map_or("", String::as_str), local, cluster.now_ms());
-        // Given back as it was read, so that two people never undo each other's word.
-        let version = node.metadata.resource_version.as_deref().context("an object without a version")?;
-        cluster.annotate::<AcceleratorNode>(device.node(), version, releases::ANNOTATION, &text).await?;
+        let vouched = |node: &AcceleratorNode| {
+            let known = node.status.iter().flat_map(|status| &status.devices).any(|known| known.device == device);
+            let unknown = || anyhow!("{device}: its node knows no such device; see berth top devices");
+            known.then_some(()).ok_or_else(unknown)?;
+            let text = node.metadata.annotations.as_ref().and_then(|all| all.get(releases::ANNOTATION));
+            Ok(releases::with(text.map_or("", String::as_str), device.local(), cluster.now_ms()))
+        };
+        cluster.annotate(device.node(), releases::ANNOTATION, vouched).await?;
         output::say(&format!("{device}: released; it is used again after a validation and its probation"))?;
         Ok(Verdict::Pass)
     })
