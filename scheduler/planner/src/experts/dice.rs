@@ -3,7 +3,7 @@
 use crate::num;
 
 /// SplitMix64: the same numbers everywhere.
-pub(super) struct Dice(pub(super) u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
     fn next(&mut self) -> u64 {
@@ -15,12 +15,12 @@ impl Dice {
     }
 
     /// A number below `end`.
-    pub(super) fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         num::index64(((self.next() >> 32) * num::count(end)) >> 32)
     }
 
     /// A number from 0 to below 1.
-    pub(super) fn unit(&mut self) -> f64 {
+    pub(crate) fn unit(&mut self) -> f64 {
         num::real(self.next() >> 11) / num::real(1 << 53)
     }
 }

@@ -4,7 +4,7 @@
 mod arrange;
 mod board;
 mod construct;
-mod dice;
+pub(crate) mod dice;
 mod divide;
 mod fleet;
 mod layer;

@@ -93,11 +93,6 @@ impl Search<'_> {
         if let Some(members) = attempt(&home) {
             return Ok(members);
         }
-        let mut single: Vec<_> = domains.values().filter(|domain| domain.len() >= count).collect();
-        single.sort_by_key(|domain| (std::cmp::Reverse(held(domain)), domain.len()));
-        if let Some(members) = single.into_iter().find_map(|domain| attempt(domain)) {
-            return Ok(members);
-        }
         let pools: Vec<&Vec<usize>> = domains.values().collect();
         let sizes: Vec<Domain> = pools.iter().map(|pool| Domain { held: held(pool), size: pool.len() }).collect();
         let spanned = spans::best(&sizes, count, |set| {

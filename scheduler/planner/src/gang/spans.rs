@@ -1,4 +1,4 @@
-//! Which interconnect domains to try for an instance that no single one holds: as few as possible, those that it is in
+//! Which interconnect domains to try for an instance: as few as possible, those that it is in
 //! already first, and of those the ones that leave the fewest devices scattered in domains that are no longer whole.
 
 /// Sets of one size are all tried while there are no more than so many.
@@ -15,11 +15,11 @@ pub(super) struct Domain {
 
 /// The best set of domains for `count` devices for which `fits` answers, with that answer. Sets are places in `domains`.
 ///
-/// Every set of a size is looked at while there are at most [`MOST_SETS`] of it; of more, the one with the most devices,
+/// Every single domain is looked at, and every set of a size while there are at most [`MOST_SETS`] of it; of more, the one with the most devices,
 /// in which each domain then gives way to the smallest one that does as well.
 pub(super) fn best<T>(domains: &[Domain], count: usize, mut fits: impl FnMut(&[usize]) -> Option<T>) -> Option<T> {
-    for many in 2..=domains.len() {
-        let found = if sets(domains.len(), many) <= MOST_SETS {
+    for many in 1..=domains.len() {
+        let found = if many == 1 || sets(domains.len(), many) <= MOST_SETS {
             ordered(domains, many).into_iter().filter(|set| size(domains, set) >= count).find_map(|set| fits(&set))
         } else {
             tightened(domains, many, count, &mut fits)

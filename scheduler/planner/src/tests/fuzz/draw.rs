@@ -1,27 +1,19 @@
 //! Numbers that look random and are the same in every run, and token counts of the kinds that traffic has. Judges
 //! nothing.
 
-use crate::num;
+use crate::{experts::dice::Dice, num};
 
-/// A seeded source; `SplitMix64`.
-pub(super) struct Draw(u64);
+/// A seeded source.
+pub(super) struct Draw(Dice);
 
 impl Draw {
     pub(super) fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0xD134_2543_DE82_EF95))
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        Self(Dice(seed.wrapping_mul(0xD134_2543_DE82_EF95)))
     }
 
     /// From `from` to `to`, both included.
     pub(super) fn size(&mut self, from: usize, to: usize) -> usize {
-        from + num::index64(((self.next() >> 32) * num::count(to - from + 1)) >> 32)
+        from + self.0.below(to - from + 1)
     }
 
     pub(super) fn one_in(&mut self, of: usize) -> bool {
@@ -34,7 +26,7 @@ impl Draw {
 
     /// From 0 to below 1.
     pub(super) fn unit(&mut self) -> f64 {
-        num::real(self.next() >> 11) / num::real(1 << 53)
+        self.0.unit()
     }
 
     /// Tokens of a layer's experts.
