@@ -105,7 +105,7 @@ fn polish(board: Board<'_>, duty: Duty, bound: f64, effort: Effort) -> Board<'_>
         }
         let before = board.held();
         let mut track = [Track::new(board, before, duty, false)];
-        track[0].advance(usize::MAX, POLISH);
+        track[0].advance(usize::MAX, usize::MAX, POLISH);
         let worth = Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 };
         let balance = replan::settle(&mut track, worth);
         if leaping {

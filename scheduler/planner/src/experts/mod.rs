@@ -13,6 +13,7 @@ mod pairs;
 mod repair;
 mod replan;
 mod search;
+mod survey;
 mod waves;
 
 use std::collections::BTreeMap;

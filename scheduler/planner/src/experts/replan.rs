@@ -6,6 +6,7 @@ use super::{
     board::{Board, EMPTY},
     layer::Duty,
     search::{Change, apply, undo},
+    survey::Survey,
 };
 use crate::{num, plan::Balance};
 
@@ -33,13 +34,8 @@ impl Budget {
     }
 }
 
-/// Slowest devices that steps are looked for on. More would lower the sum of squares faster, and the peak
-/// later.
-const SLOW: usize = 6;
 /// Steps that one layer may take.
 const STEPS: usize = 4096;
-/// Least fall of the sum of squares per replica.
-const LEAST: f64 = 1e-8;
 
 /// One step of a layer.
 #[derive(Clone, Copy, Debug)]
@@ -67,11 +63,10 @@ pub(super) struct Track<'a> {
     peak: f64,
     /// Experts had no replica left.
     pub(super) repaired: bool,
-}
-
-struct Best {
-    ratio: f64,
-    change: Change,
+    /// Replicas that further steps may move, and the work that may be spent on looking for them.
+    left: i64,
+    effort: u64,
+    survey: Survey,
 }
 
 impl<'a> Track<'a> {
@@ -79,22 +74,57 @@ impl<'a> Track<'a> {
     pub(super) fn new(board: Board<'a>, before: Vec<u64>, duty: Duty, repaired: bool) -> Self {
         let heaviest = board.fleet.sites.iter().map(|site| site.bytes).max().unwrap_or(1).max(1);
         let peak = board.slowest();
-        Self { board, before, duty, heaviest: num::real(heaviest), steps: Vec::new(), peak, repaired }
+        Self {
+            board,
+            before,
+            duty,
+            heaviest: num::real(heaviest),
+            steps: Vec::new(),
+            peak,
+            repaired,
+            left: 0,
+            effort: 0,
+            survey: Survey::default(),
+        }
     }
 
-    /// Takes the best steps one after the other, as many as `moves` replicas allow, without regard to other
-    /// layers.
-    pub(super) fn advance(&mut self, moves: usize, effort: u64) {
-        let (mut left, mut effort) = (num::whole(moves), effort);
-        while left > 0 && effort > 0 && self.steps.len() < STEPS {
-            let Some(best) = self.best(&mut effort) else { return };
-            let (moves, bytes) = self.cost(best.change);
-            let (change, held) = apply(&mut self.board, best.change);
-            let peak = self.board.slowest();
-            self.steps.push(Step { ratio: best.ratio, change, held, moves, bytes, relief: self.peak - peak });
-            self.peak = peak;
-            left -= moves.max(1);
+    /// Takes the best steps one after the other without regard to other layers, as many as `moves` replicas and
+    /// `effort` allow: those for the first `now` replicas at once, the others when `settle` asks for them.
+    pub(super) fn advance(&mut self, now: usize, moves: usize, effort: u64) {
+        (self.left, self.effort) = (num::whole(moves), effort);
+        let later = num::whole(moves.saturating_sub(now));
+        while self.left > later && self.step() {}
+    }
+
+    /// Takes one step more, if there is one and it is allowed.
+    pub(super) fn step(&mut self) -> bool {
+        if self.left <= 0 || self.effort == 0 || self.steps.len() >= STEPS {
+            return false;
         }
+        let (mut survey, mut effort) = (std::mem::take(&mut self.survey), self.effort);
+        let best = survey.best(self, &mut effort);
+        (self.survey, self.effort) = (survey, effort);
+        let Some(best) = best else {
+            self.left = 0;
+            return false;
+        };
+        let (moves, bytes) = self.cost(best.change);
+        let (change, held) = apply(&mut self.board, best.change);
+        let peak = self.board.slowest();
+        self.steps.push(Step { ratio: best.ratio, change, held, moves, bytes, relief: self.peak - peak });
+        self.peak = peak;
+        self.left -= moves.max(1);
+        true
+    }
+
+    /// The layer's step number `at`, looked for where it was not yet.
+    fn at(&mut self, at: usize) -> Option<Step> {
+        while self.steps.len() <= at {
+            if !self.step() {
+                return None;
+            }
+        }
+        self.steps.get(at).copied()
     }
 
     /// What the slowest device is above the bound: no step gains more.
@@ -104,11 +134,15 @@ impl<'a> Track<'a> {
 
     /// Goes back to the first `steps` steps.
     fn retreat(&mut self, steps: usize) {
-        while self.steps.len() > steps {
-            if let Some(step) = self.steps.pop() {
-                undo(&mut self.board, (step.change, step.held));
-            }
+        if steps >= self.steps.len() {
+            return;
         }
+        for step in self.steps.drain(steps..).rev() {
+            undo(&mut self.board, (step.change, step.held));
+        }
+        self.board.weigh();
+        self.peak = self.board.slowest();
+        self.left = 0;
     }
 
     /// Replicas and bytes that the steps taken move.
@@ -137,7 +171,7 @@ impl<'a> Track<'a> {
     }
 
     /// Bytes for `expert` to come to `device`, in units of the largest expert.
-    fn weight(&self, expert: usize, device: usize) -> f64 {
+    pub(super) fn weight(&self, expert: usize, device: usize) -> f64 {
         if expert == EMPTY || self.was(expert, device) {
             0.0
         } else {
@@ -170,98 +204,6 @@ impl<'a> Track<'a> {
             Change::Drop(slot) => count(board.slots[slot], owner(slot), -1),
         }
         sum
-    }
-
-    /// The step that lowers Σ load² ÷ speed most per byte, among those that touch a slow device.
-    fn best(&self, effort: &mut u64) -> Option<Best> {
-        let board = &self.board;
-        let time = |device: &usize| board.time(*device, 0.0);
-        let mut order: Vec<usize> =
-            (0..board.fleet.devices()).filter(|at| !board.fleet.range(*at).is_empty()).collect();
-        order.sort_unstable_by(|one, other| time(one).total_cmp(&time(other)).then(one.cmp(other)));
-        let growth = growth(board);
-        let mut best = Best { ratio: LEAST, change: Change::Swap(0, 0) };
-        let mut any = false;
-        for slow in order.iter().rev().take(SLOW) {
-            any |= self.best_swap(*slow, &order, &mut best, effort);
-            any |= self.best_copy(*slow, &order, &growth, &mut best, effort);
-        }
-        any.then_some(best)
-    }
-
-    fn best_swap(&self, slow: usize, order: &[usize], best: &mut Best, effort: &mut u64) -> bool {
-        let (board, fleet) = (&self.board, self.board.fleet);
-        let (time, inverse) = (board.time(slow, 0.0), fleet.inverse[slow]);
-        let (mut any, mut work) = (false, 1);
-        for other in order.iter().copied() {
-            let (apart, sum) = (time - board.time(other, 0.0), inverse + fleet.inverse[other]);
-            // Evening out the two is the most that any exchange gains; further ones are closer still.
-            if apart <= 0.0 || apart * apart / sum <= best.ratio {
-                if fleet.classes.len() == 1 || apart <= 0.0 {
-                    break;
-                }
-                continue;
-            }
-            work += fleet.range(other).len() * fleet.range(slow).len();
-            for from in fleet.range(slow) {
-                let expert = board.slots[from];
-                if expert == EMPTY {
-                    continue;
-                }
-                for to in fleet.range(other) {
-                    let held = board.slots[to];
-                    let less = board.share[expert] - if held == EMPTY { 0.0 } else { board.share[held] };
-                    let gain = less * (2.0 * apart - less * sum);
-                    if gain <= best.ratio || less <= 0.0 {
-                        continue;
-                    }
-                    let ratio = gain / (self.weight(expert, other) + self.weight(held, slow)).max(1.0);
-                    if ratio > best.ratio
-                        && board.may_go(expert, slow, other)
-                        && (held == EMPTY || board.may_go(held, other, slow))
-                    {
-                        *best = Best { ratio, change: Change::Swap(from, to) };
-                        any = true;
-                    }
-                }
-            }
-        }
-        *effort = effort.saturating_sub(num::count(work));
-        any
-    }
-
-    /// A further copy of an expert of `slow`. Devices that hold both experts gain a little more than is
-    /// counted.
-    fn best_copy(&self, slow: usize, order: &[usize], growth: &[f64], best: &mut Best, effort: &mut u64) -> bool {
-        let (board, fleet) = (&self.board, self.board.fleet);
-        let (mut any, mut work) = (false, 1);
-        for from in fleet.range(slow) {
-            let expert = board.slots[from];
-            if expert == EMPTY {
-                continue;
-            }
-            let share = board.loads[expert] / num::real_size(board.count[expert] + 1);
-            let relief: f64 = board.homes(expert).map(|home| -rise(board, home, share - board.share[expert])).sum();
-            if relief <= best.ratio {
-                continue;
-            }
-            for other in order.iter().copied().filter(|other| board.may_gain(expert, *other)) {
-                let weight = self.weight(expert, other).max(1.0);
-                work += fleet.range(other).len();
-                for to in fleet.range(other) {
-                    let held = board.slots[to];
-                    let gain = relief - displace(board, growth, held, other, share);
-                    if gain / weight > best.ratio
-                        && (held == EMPTY || board.may_lose(held, other, self.duty.copies, self.duty.apart))
-                    {
-                        *best = Best { ratio: gain / weight, change: Change::Copy(expert, to) };
-                        any = true;
-                    }
-                }
-            }
-        }
-        *effort = effort.saturating_sub(num::count(work));
-        any
     }
 }
 
@@ -307,12 +249,12 @@ pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) -> Balance {
     let (mut moves, mut bytes, mut relief) = (0_i64, 0_i64, 0.0);
     let (most, most_bytes) = budget.most();
     let mut heads: std::collections::BinaryHeap<(u64, std::cmp::Reverse<usize>)> = tracks
-        .iter()
+        .iter_mut()
         .enumerate()
-        .filter_map(|(at, track)| Some((track.steps.first()?.ratio.to_bits(), std::cmp::Reverse(at))))
+        .filter_map(|(at, track)| Some((track.at(0)?.ratio.to_bits(), std::cmp::Reverse(at))))
         .collect();
     while let Some((_, std::cmp::Reverse(at))) = heads.pop() {
-        let Some(step) = tracks[at].steps.get(taken[at]) else { continue };
+        let Some(step) = tracks[at].at(taken[at]) else { continue };
         if moves + step.moves > most || bytes + step.bytes > most_bytes {
             continue;
         }
@@ -326,7 +268,7 @@ pub(super) fn settle(tracks: &mut [Track<'_>], budget: Budget) -> Balance {
             best = (gain - cost, taken.clone());
             paid = Some(Balance::Paid { gain, cost });
         }
-        if let Some(next) = tracks[at].steps.get(taken[at]) {
+        if let Some(next) = tracks[at].at(taken[at]) {
             heads.push((next.ratio.to_bits(), std::cmp::Reverse(at)));
         }
     }
