@@ -56,11 +56,16 @@ impl<'a> Board<'a> {
         for (slot, expert) in slots.iter().enumerate().filter(|(_, expert)| **expert != EMPTY) {
             board.mark(slot, *expert);
         }
-        for ((share, load), count) in board.share.iter_mut().zip(loads).zip(&board.count) {
+        board.divide();
+        board
+    }
+
+    /// Shares and what devices carry, after slots were marked.
+    pub(super) fn divide(&mut self) {
+        for ((share, load), count) in self.share.iter_mut().zip(self.loads).zip(&self.count) {
             *share = load / num::real_size((*count).max(1));
         }
-        board.weigh();
-        board
+        self.weigh();
     }
 
     /// Adds up what devices carry anew, so that rounding does not pile up.
@@ -71,7 +76,8 @@ impl<'a> Board<'a> {
         }
     }
 
-    fn mark(&mut self, slot: usize, expert: usize) {
+    /// Notes `expert` in an empty slot and nothing of loads: `divide` makes them true again.
+    pub(super) fn mark(&mut self, slot: usize, expert: usize) {
         let device = self.fleet.owner[slot];
         self.slots[slot] = expert;
         self.free[device] -= 1;

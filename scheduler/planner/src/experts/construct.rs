@@ -1,7 +1,10 @@
 //! A layer from nothing: how many copies each expert gets, then slots, the heaviest copies first. Improves
 //! nothing afterwards.
 
-use std::{cmp::Reverse, collections::BinaryHeap};
+use std::{
+    cmp::Reverse,
+    collections::{BinaryHeap, binary_heap::PeekMut},
+};
 
 use super::{
     board::{Board, EMPTY},
@@ -40,6 +43,7 @@ pub(super) fn place(fleet: &Fleet, loads: &[f64], counts: &[usize], least: usize
     let shares: Vec<f64> = loads.iter().zip(counts).map(|(load, n)| load / num::real_size((*n).max(1))).collect();
     let mut order: Vec<usize> = (0..loads.len()).collect();
     order.sort_unstable_by(|one, other| shares[*other].total_cmp(&shares[*one]).then(one.cmp(other)));
+    let entry = |device: &usize| Reverse((0, fleet.turn[*device], *device));
     let mut ground = Ground {
         fleet,
         slots: vec![EMPTY; fleet.slots()],
@@ -47,19 +51,22 @@ pub(super) fn place(fleet: &Fleet, loads: &[f64], counts: &[usize], least: usize
         open: (0..fleet.devices()).filter(|device| !fleet.range(*device).is_empty()).collect(),
         carried: vec![0.0; fleet.devices()],
         room: vec![0; fleet.nodes],
+        met: vec![false; fleet.nodes],
+        heaps: fleet.classes.iter().map(|class| class.iter().map(entry).collect()).collect(),
     };
     for (device, site) in fleet.sites.iter().enumerate() {
         ground.room[fleet.node[device]] += site.slots;
     }
     let mut homes = Vec::new();
     for expert in order {
-        homes.clear();
+        homes.drain(..).for_each(|home: usize| ground.met[fleet.node[home]] = false);
         for copy in 0..counts[expert] {
             let strict = copy < least && apart;
             match ground.lightest(&homes, shares[expert], strict) {
                 // A second copy beside the first is worth little: its slot waits for somebody else.
                 Some((device, alone)) if alone || copy != 1 || fleet.nodes < 2 => {
                     ground.put(device, expert, shares[expert]);
+                    ground.met[fleet.node[device]] = true;
                     homes.push(device);
                 }
                 _ if copy < least => return None,
@@ -80,6 +87,10 @@ struct Ground<'a> {
     carried: Vec<f64>,
     /// Empty slots by failure domain.
     room: Vec<usize>,
+    /// Whether a failure domain has a copy of the expert in hand.
+    met: Vec<bool>,
+    /// By speed: the bits of what a device carried once, its turn, the device.
+    heaps: Vec<BinaryHeap<Reverse<(u64, usize, usize)>>>,
 }
 
 /// Whether a copy is in the failure domain and on the card, the time, the domain's empty slots, the device.
@@ -89,50 +100,62 @@ impl Ground<'_> {
     /// The device that stays fastest with `share` more, of equal ones that in the failure domain with most
     /// empty slots, and whether no copy is in its failure domain yet; such a device comes first, and is the
     /// only one when `strict`.
-    fn lightest(&self, homes: &[usize], share: f64, strict: bool) -> Option<(usize, bool)> {
+    fn lightest(&mut self, homes: &[usize], share: f64, strict: bool) -> Option<(usize, bool)> {
         if homes.is_empty() {
             return self.emptiest(share).map(|device| (device, true));
         }
-        let time = |device: usize| (self.carried[device] + share) * self.fleet.inverse[device];
         let mut best: Option<Choice> = None;
         for device in self.open.iter().copied() {
-            let time = time(device);
-            let room = Reverse(self.room[self.fleet.node[device]]);
-            if best.is_some_and(|(company, least, full, _)| company == (false, false) && (time, room) >= (least, full))
-            {
+            let node = self.fleet.node[device];
+            let time = (self.carried[device] + share) * self.fleet.inverse[device];
+            let (met, room) = (self.met[node], Reverse(self.room[node]));
+            // What would be worse even alone on its card needs no further look.
+            let worse =
+                best.is_some_and(|(company, least, full, _)| ((met, false), time, room) >= (company, least, full));
+            if worse || (strict && met) || homes.contains(&device) {
                 continue;
             }
-            let mut company = (false, false);
-            for home in homes {
-                let (one, other) = (&self.fleet.sites[*home], &self.fleet.sites[device]);
-                company.0 |= self.fleet.node[*home] == self.fleet.node[device];
-                company.1 |= one.card == other.card;
-            }
-            if homes.contains(&device) || (strict && company.0) {
-                continue;
-            }
-            if best.is_none_or(|(other, least, full, _)| (company, time, room) < (other, least, full)) {
-                best = Some((company, time, room, device));
+            let card = self.fleet.sites[device].card;
+            let paired = homes.iter().any(|home| self.fleet.sites[*home].card == card);
+            if best.is_none_or(|(company, least, full, _)| ((met, paired), time, room) < (company, least, full)) {
+                best = Some(((met, paired), time, room, device));
             }
         }
         best.map(|(company, _, _, device)| (device, !company.0))
     }
 
-    /// The same where no copy is placed yet.
-    fn emptiest(&self, share: f64) -> Option<usize> {
-        let mut best = None;
-        let (mut least, mut most) = (f64::INFINITY, 0);
-        for device in self.open.iter().copied() {
+    /// The same where no copy is placed yet, failure domains taking turns between equals. Most copies are placed by
+    /// this, so that it is the hot path of a plan: it costs the logarithm of the devices of each speed.
+    fn emptiest(&mut self, share: f64) -> Option<usize> {
+        let mut best: Option<(f64, usize, usize)> = None;
+        for class in 0..self.heaps.len() {
+            let Some(device) = self.top(class) else { continue };
             let time = (self.carried[device] + share) * self.fleet.inverse[device];
-            if time > least {
-                continue;
-            }
-            let room = self.room[self.fleet.node[device]];
-            if time < least || room > most {
-                (best, least, most) = (Some(device), time, room);
+            let choice = (time, self.fleet.turn[device], device);
+            if best.is_none_or(|best| choice < best) {
+                best = Some(choice);
             }
         }
-        best
+        best.map(|(_, _, device)| device)
+    }
+
+    /// The device of a class that carries least. What a device carries only grows: an entry that is out of date is put
+    /// right when it comes to the top.
+    fn top(&mut self, class: usize) -> Option<usize> {
+        let heap = &mut self.heaps[class];
+        loop {
+            let mut top = heap.peek_mut()?;
+            let Reverse((carried, turn, device)) = *top;
+            if self.next[device] == self.fleet.first[device + 1] {
+                PeekMut::pop(top);
+                continue;
+            }
+            let now = self.carried[device].to_bits();
+            if now == carried {
+                return Some(device);
+            }
+            *top = Reverse((now, turn, device));
+        }
     }
 
     fn put(&mut self, device: usize, expert: usize, share: f64) {

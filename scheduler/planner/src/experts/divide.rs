@@ -1,5 +1,5 @@
-//! Unlike devices with few slots: experts are divided over the kinds of devices so that each kind gets its
-//! part of the load, and each kind is solved as a fleet of its own. Improves nothing across kinds.
+//! Unlike devices: experts are divided over the kinds of devices so that each kind gets its part of the load, and each
+//! kind is solved as a fleet of its own. Improves nothing across kinds.
 
 use super::{
     board::EMPTY,
@@ -7,6 +7,11 @@ use super::{
     layer::{self, Duty},
 };
 use crate::{num, problem::Effort};
+
+/// How much more experts than copies go to kinds with few slots for their speed: the power of speed ÷ slots by which a
+/// kind's part of the experts grows beyond its part of the slots. What such devices need most are heavy experts, and a
+/// copy takes a slot from one.
+const LEANS: [f64; 6] = [0.0, 0.125, 0.25, 0.5, 1.0, 4.0];
 
 /// Devices of one kind: equal speed and slots.
 struct Kind {
@@ -24,13 +29,35 @@ impl Kind {
     fn ratio(&self, more: f64) -> f64 {
         (self.load + more) / self.due
     }
+
+    /// Speed for each slot.
+    fn pull(&self) -> f64 {
+        self.due / num::real_size(self.fleet.slots())
+    }
+
+    /// The least time of its slowest device with these experts.
+    fn estimate(&self, experts: &[usize], loads: &[f64]) -> f64 {
+        let own: Vec<f64> = experts.iter().map(|expert| loads[*expert]).collect();
+        self.fleet.bound(&own).0 * own.iter().sum::<f64>() / self.due
+    }
 }
 
-/// The slots of a layer, each kind of device by itself; `None` if there is one kind only, or one that a
-/// single failure domain holds, or experts do not divide over the kinds.
+/// The slots of a layer, each kind of device by itself; `None` if there is one kind only, or one that a single failure
+/// domain holds although copies must be apart, or experts do not divide over the kinds. Copies of a kind that one
+/// domain holds are for the caller to scatter.
 pub(super) fn slots(fleet: &Fleet, loads: &[f64], duty: Duty, effort: Effort) -> Option<Vec<usize>> {
     let mut kinds = kinds(fleet, duty)?;
-    deal(&mut kinds, loads)?;
+    let leans = if alike(&kinds) { LEANS.get(..1)? } else { &LEANS };
+    let dealt = leans.iter().filter_map(|lean| {
+        let experts = deal(&kinds, loads, *lean)?;
+        let slowest = kinds.iter().zip(&experts).map(|(kind, own)| kind.estimate(own, loads)).fold(0.0, f64::max);
+        Some((slowest, experts))
+    });
+    let (_, experts) = dealt.min_by(|one, other| one.0.total_cmp(&other.0))?;
+    for (kind, own) in kinds.iter_mut().zip(experts) {
+        kind.load = own.iter().map(|expert| loads[*expert]).sum();
+        kind.experts = own;
+    }
     level(&mut kinds, loads);
     let fits = |kind: &Kind| {
         let experts = kind.experts.len();
@@ -68,7 +95,7 @@ fn kinds(fleet: &Fleet, duty: Duty) -> Option<Vec<Kind>> {
         let sites: Vec<Site> = devices.iter().map(|device| fleet.sites[*device].clone()).collect();
         let own = Fleet::new(&sites);
         let room = own.room(usize::MAX / 4, duty.copies, duty.apart) / duty.copies.max(1);
-        (own.nodes > 1 || fleet.nodes < 2).then(|| Kind {
+        (duty.copies < 2 || own.nodes > 1 || fleet.nodes < 2).then(|| Kind {
             due: own.speed,
             room,
             devices,
@@ -80,32 +107,50 @@ fn kinds(fleet: &Fleet, duty: Duty) -> Option<Vec<Kind>> {
     groups.into_iter().map(kind).collect()
 }
 
-/// Heaviest first, each expert to the kind that still needs the heaviest ones: every kind gets experts in
-/// proportion to its slots, so that each has as many copies to spare.
-fn deal(kinds: &mut [Kind], loads: &[f64]) -> Option<()> {
-    let slots: usize = kinds.iter().map(|kind| kind.fleet.slots()).sum();
-    let mut quotas: Vec<usize> =
-        kinds.iter().map(|kind| (loads.len() * kind.fleet.slots() / slots).min(kind.room)).collect();
-    let mut short = loads.len().checked_sub(quotas.iter().sum())?;
-    for (quota, kind) in quotas.iter_mut().zip(kinds.iter()) {
-        let more = short.min(kind.room - *quota);
-        *quota += more;
-        short -= more;
+/// Whether all kinds have as many slots for their speed.
+fn alike(kinds: &[Kind]) -> bool {
+    let pulls = || kinds.iter().map(Kind::pull);
+    pulls().fold(0.0, f64::max) < pulls().fold(f64::INFINITY, f64::min) * 1.01
+}
+
+/// How many experts each kind gets: in proportion to slots × pull to the power of `lean`, as far as it has room.
+fn quotas(kinds: &[Kind], experts: usize, lean: f64) -> Option<Vec<usize>> {
+    let weight = |kind: &Kind| num::real_size(kind.fleet.slots()) * kind.pull().powf(lean);
+    let mut order: Vec<usize> = (0..kinds.len()).collect();
+    order.sort_by(|one, other| kinds[*other].pull().total_cmp(&kinds[*one].pull()).then(one.cmp(other)));
+    let mut quotas = vec![0; kinds.len()];
+    let mut left = experts;
+    let mut weights: f64 = kinds.iter().map(weight).sum();
+    for at in order {
+        let part = num::real_size(left) * weight(&kinds[at]) / weights;
+        weights -= weight(&kinds[at]);
+        quotas[at] = num::ceil(part - 0.5).min(kinds[at].room).min(left);
+        left -= quotas[at];
     }
+    for (quota, kind) in quotas.iter_mut().zip(kinds) {
+        let more = left.min(kind.room - *quota);
+        *quota += more;
+        left -= more;
+    }
+    (left == 0).then_some(quotas)
+}
+
+/// The experts of each kind: heaviest first, each to the kind that still needs the heaviest ones.
+fn deal(kinds: &[Kind], loads: &[f64], lean: f64) -> Option<Vec<Vec<usize>>> {
+    let mut left = quotas(kinds, loads.len(), lean)?;
+    let mut due: Vec<f64> = kinds.iter().map(|kind| kind.due).collect();
+    let mut experts: Vec<Vec<usize>> = vec![Vec::new(); kinds.len()];
     let mut order: Vec<usize> = (0..loads.len()).collect();
     order.sort_unstable_by(|one, other| loads[*other].total_cmp(&loads[*one]).then(one.cmp(other)));
     for expert in order {
-        let need = |(kind, quota): (&Kind, usize)| {
-            let left = quota.checked_sub(kind.experts.len()).filter(|left| *left > 0)?;
-            Some((kind.due - kind.load) / num::real_size(left))
-        };
-        let needs = kinds.iter().zip(&quotas).map(|(kind, quota)| need((kind, *quota))).enumerate();
-        let best = needs.filter_map(|(at, need)| Some((at, need?)));
-        let (at, _) = best.max_by(|(one, first), (other, second)| first.total_cmp(second).then(other.cmp(one)))?;
-        kinds[at].experts.push(expert);
-        kinds[at].load += loads[expert];
+        let need = |at: usize| due[at] / num::real_size(left[at]);
+        let open = (0..kinds.len()).filter(|at| left[*at] > 0);
+        let at = open.max_by(|one, other| need(*one).total_cmp(&need(*other)).then(other.cmp(one)))?;
+        left[at] -= 1;
+        due[at] -= loads[expert];
+        experts[at].push(expert);
     }
-    kinds.iter().all(|kind| !kind.experts.is_empty()).then_some(())
+    experts.iter().all(|own| !own.is_empty()).then_some(experts)
 }
 
 /// Exchanges experts between the fullest and the emptiest kind while that helps both.

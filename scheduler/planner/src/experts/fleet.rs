@@ -41,10 +41,14 @@ pub struct Fleet {
     pub(super) node: Vec<usize>,
     /// Failure domains.
     pub(super) nodes: usize,
+    /// Place of each device when failure domains take turns.
+    pub(super) turn: Vec<usize>,
     /// Sum of speeds.
     pub(super) speed: f64,
     /// Devices of equal speed, fastest first.
     pub(super) classes: Vec<Vec<usize>>,
+    /// Devices in falling order of slots for their speed; none where all are alike.
+    roomy: Vec<usize>,
     /// Devices that take nothing new.
     pub(super) closed: Vec<bool>,
 }
@@ -72,6 +76,7 @@ impl Fleet {
                 _ => classes.push(vec![device]),
             }
         }
+        let turn = turns(&node);
         Self {
             first,
             owner,
@@ -79,7 +84,9 @@ impl Fleet {
             pace: sites.iter().map(|site| 1.0 / (1.0 / speed(site))).collect(),
             node,
             nodes: numbers.len(),
+            turn,
             speed: sites.iter().map(speed).sum(),
+            roomy: roomy(sites, &speed),
             closed: sites.iter().map(|site| site.closed).collect(),
             sites: sites.to_vec(),
             classes,
@@ -121,13 +128,20 @@ impl Fleet {
     /// `loads` need no order.
     ///
     /// The k hottest experts fit on at most S − E + k slots (the others need one each), hence on that many
-    /// devices, and these take at least (their load ÷ their speed). And within a time T no replica carries more
-    /// than T × the highest speed: an expert needs ⌈load ÷ that⌉ of them, on as many devices, and all experts
-    /// together need no more than there are slots.
+    /// devices, and these take at least (their load ÷ their speed). What has no slot outside some devices is on
+    /// these alone: as many of the coldest experts as the slots outside leave over, at least. And within a time T no
+    /// replica carries more than T × the highest speed: an expert needs ⌈load ÷ that⌉ of them, on as many
+    /// devices, and all experts together need no more than there are slots.
     #[must_use]
     pub fn bound(&self, loads: &[f64]) -> (f64, usize) {
-        let (least, experts) = self.hottest(loads);
         let total: f64 = loads.iter().sum();
+        if total <= 0.0 || self.sites.is_empty() {
+            return (1.0, loads.len());
+        }
+        let mut hottest = loads.to_vec();
+        hottest.sort_unstable_by(|one, other| other.total_cmp(one));
+        let (least, experts) = self.hottest(&hottest, total);
+        let least = least.max(self.coldest(&hottest, total));
         let Some(fastest) = self.classes.first().and_then(|class| class.first()) else { return (least, experts) };
         // Load of a replica of which a device of the highest speed is full at time 1.
         let full = total / self.speed / self.inverse[*fastest];
@@ -155,13 +169,8 @@ impl Fleet {
         }) && slots <= self.slots()
     }
 
-    fn hottest(&self, loads: &[f64]) -> (f64, usize) {
-        let total: f64 = loads.iter().sum();
-        if total <= 0.0 || self.sites.is_empty() {
-            return (1.0, loads.len());
-        }
-        let mut hottest = loads.to_vec();
-        hottest.sort_unstable_by(|one, other| other.total_cmp(one));
+    /// The bound of the hottest experts, `loads` being in falling order, and how many of them set it.
+    fn hottest(&self, loads: &[f64], total: f64) -> (f64, usize) {
         let fastest: Vec<f64> = self
             .classes
             .iter()
@@ -174,7 +183,7 @@ impl Fleet {
             .collect();
         let spare = self.slots().saturating_sub(loads.len());
         let (mut best, mut sum) = ((1.0, loads.len()), 0.0);
-        for (at, load) in hottest.iter().enumerate() {
+        for (at, load) in loads.iter().enumerate() {
             sum += load;
             let devices = (spare + at + 1).min(self.devices());
             let ratio = sum / fastest[devices - 1] * self.speed / total;
@@ -188,6 +197,23 @@ impl Fleet {
         best
     }
 
+    /// The bound of the coldest experts, `loads` being in falling order: of devices with most slots for their speed, any
+    /// number. Never above 1 where all are alike.
+    fn coldest(&self, loads: &[f64], total: f64) -> f64 {
+        let (mut best, mut outside, mut speed) = (1.0_f64, self.slots(), 0.0);
+        let (mut least, mut experts) = (0.0, 0_usize);
+        for device in self.roomy.iter().copied() {
+            outside -= self.sites[device].slots;
+            speed += self.pace[device];
+            while experts + outside < loads.len() {
+                experts += 1;
+                least += loads[loads.len() - experts];
+            }
+            best = best.max(least / speed * self.speed / total);
+        }
+        best
+    }
+
     /// The ideal time of a layer: total load ÷ total speed.
     pub(super) fn ideal(&self, loads: &[f64]) -> f64 {
         loads.iter().sum::<f64>() / self.speed.max(f64::MIN_POSITIVE)
@@ -197,4 +223,31 @@ impl Fleet {
     pub(super) fn depth(&self) -> f64 {
         num::real_size(self.slots()) / num::real_size(self.devices().max(1))
     }
+}
+
+/// The place of each device when failure domains take turns; `node` has the domain of each.
+fn turns(node: &[usize]) -> Vec<usize> {
+    let mut members = vec![0_usize; node.iter().max().map_or(0, |most| most + 1)];
+    let mut order: Vec<(usize, usize, usize)> = Vec::with_capacity(node.len());
+    for (device, node) in node.iter().enumerate() {
+        order.push((members[*node], *node, device));
+        members[*node] += 1;
+    }
+    order.sort_unstable();
+    let mut turns = vec![0; node.len()];
+    for (turn, (_, _, device)) in order.into_iter().enumerate() {
+        turns[device] = turn;
+    }
+    turns
+}
+
+/// Devices in falling order of slots for their speed; none where all are alike.
+fn roomy(sites: &[Site], speed: &dyn Fn(&Site) -> f64) -> Vec<usize> {
+    let room: Vec<f64> = sites.iter().map(|site| num::real_size(site.slots) / speed(site)).collect();
+    if room.windows(2).all(|pair| pair[0].total_cmp(&pair[1]).is_eq()) {
+        return Vec::new();
+    }
+    let mut order: Vec<usize> = (0..sites.len()).collect();
+    order.sort_by(|one, other| room[*other].total_cmp(&room[*one]).then(one.cmp(other)));
+    order
 }

@@ -35,53 +35,63 @@ const POLISH: u64 = 50_000;
 /// The slots of a layer planned from nothing. `loads` are in units of the ideal time, `bound` is `Fleet::bound` of them; the duty can be kept,
 /// which `Fleet::room` says before.
 ///
-/// On unlike devices an even share of a hot expert may be too much for the slow ones: where the layer is not
-/// good, experts get no more copies than there are devices of the fastest kinds.
+/// Unlike devices are first filled kind by kind where they have few slots, and else where the layer is not good
+/// without. An even share of a hot expert may be too much for the slow ones: where it is still not good, experts get
+/// no more copies than there are devices of the fastest kinds.
 pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], bound: f64, duty: Duty, effort: Effort) -> Board<'a> {
-    let mut best = attempt(fleet, loads, bound, duty, effort, usize::MAX);
-    if fleet.classes.len() < 2 || fleet.depth() <= SHALLOW {
-        return best;
+    let improved =
+        |slots: &[usize], units| improve(Board::of(fleet, loads, slots), bound, duty, Effort { units, ..effort });
+    let divided = || {
+        let half = Effort { units: effort.units / 2, ..effort };
+        divide::slots(fleet, loads, duty, half).map(|slots| improved(&slots, half.units))
+    };
+    let together = |most: usize| {
+        let mut left = effort.units;
+        let slots = first(fleet, loads, duty, most, bound * (1.0 + effort.close), &mut left);
+        improved(&slots, left)
+    };
+    if fleet.depth() <= SHALLOW {
+        return divided().unwrap_or_else(|| together(usize::MAX));
     }
     let good = bound + FAR;
-    let mut fast = 0;
-    for class in fleet.classes.iter().take(fleet.classes.len() - 1) {
-        fast += class.len();
-        for quarters in 0..3 {
-            if best.slowest() <= good {
-                return best;
-            }
-            let most = fast + (fleet.devices() - fast) * quarters / 4;
-            let other = attempt(fleet, loads, bound, duty, effort, most);
-            if other.slowest() < best.slowest() {
-                best = other;
-            }
+    let mut best = together(usize::MAX);
+    if fleet.classes.len() < 2 || best.slowest() <= good {
+        return best;
+    }
+    let mut better = |other: Board<'a>| {
+        if other.slowest() < best.slowest() {
+            best = other;
         }
+        best.slowest() <= good
+    };
+    if !divided().is_some_and(&mut better) {
+        let mut fast = 0;
+        let mosts = fleet.classes.iter().take(fleet.classes.len() - 1).flat_map(|class| {
+            fast += class.len();
+            let slow = fleet.devices() - fast;
+            (0..3).map(move |quarters| fast + slow * quarters / 4)
+        });
+        mosts.map(together).any(better);
     }
     best
 }
 
-/// One attempt, with at most `most` copies of an expert.
-fn attempt<'a>(fleet: &'a Fleet, loads: &'a [f64], bound: f64, duty: Duty, effort: Effort, most: usize) -> Board<'a> {
+/// What single changes and exchanges at random make of a first board.
+fn improve<'a>(first: Board<'a>, bound: f64, duty: Duty, effort: Effort) -> Board<'a> {
     let Duty { copies, apart } = duty;
-    let target = bound * (1.0 + effort.close);
-    let shallow = fleet.depth() <= SHALLOW;
-    let mut left = effort.units;
-    let divided = if shallow { divide::slots(fleet, loads, duty, Effort { units: left / 2, ..effort }) } else { None };
-    if divided.is_some() {
-        left /= 2;
-    }
-    let slots = divided.unwrap_or_else(|| first(fleet, loads, duty, most, target, &mut left));
-    let mut board = Board::of(fleet, loads, &slots);
+    let fleet = first.fleet;
+    let mut board = first;
     repair::scatter(&mut board, copies);
     repair::fill(&mut board);
     if fleet.sites.iter().all(|site| site.slots < 2) && fleet.classes.len() < 2 {
         // The largest copy is the slowest device, and the copies are best as they are.
         return board;
     }
+    let target = bound * (1.0 + effort.close);
     let rules = Rules { least: copies, apart, target, copying: true };
-    let mut dice = Dice(num::count(loads.len()));
+    let (mut left, mut dice) = (effort.units, Dice(num::count(board.loads.len())));
     search::descend(&mut board, rules, &mut left, &mut Log::new());
-    if shallow && left > 0 && board.slowest() > target {
+    if fleet.depth() <= SHALLOW && left > 0 && board.slowest() > target {
         let mut part = left - left / 8;
         left -= part;
         search::anneal(&mut board, &mut part, &mut dice);

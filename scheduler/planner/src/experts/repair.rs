@@ -12,26 +12,36 @@ pub type Rows = Vec<Vec<Option<usize>>>;
 
 /// Puts replicas back where they were, in the same slots as far as these still exist.
 pub(super) fn keep(board: &mut Board<'_>, previous: &[Vec<Option<usize>>]) {
+    let experts = board.loads.len();
     for (device, row) in previous.iter().enumerate().take(board.fleet.devices()) {
-        let slots = board.fleet.range(device);
-        let mut held: Vec<(usize, usize)> =
-            row.iter().enumerate().filter_map(|(slot, expert)| Some((slot, (*expert)?))).collect();
-        held.retain(|(_, expert)| *expert < board.loads.len());
-        if held.len() > slots.len() {
+        let known = |(slot, expert): (usize, &Option<usize>)| Some((slot, expert.filter(|expert| *expert < experts)?));
+        let held = row.iter().enumerate().filter_map(known);
+        let room = board.fleet.range(device).len();
+        if row.len() <= room {
+            held.for_each(|(slot, expert)| lay(board, device, slot, expert));
+            continue;
+        }
+        let mut held: Vec<(usize, usize)> = held.collect();
+        if held.len() > room {
             // Those with copies elsewhere are the ones to give up, the least loaded first.
             let copies = |expert: usize| previous.iter().filter(|row| row.contains(&Some(expert))).count();
             held.sort_by(|(_, one), (_, other)| {
                 let load = board.loads[*other].total_cmp(&board.loads[*one]);
                 copies(*one).cmp(&copies(*other)).then(load).then(one.cmp(other))
             });
-            held.truncate(slots.len());
+            held.truncate(room);
         }
-        for (slot, expert) in held {
-            let same = Some(slots.start + slot).filter(|at| slots.contains(at) && board.slots[*at] == EMPTY);
-            if let (Some(place), false) = (same.or_else(|| board.free_slot(device)), board.holds(device, expert)) {
-                board.put(place, expert);
-            }
-        }
+        held.into_iter().for_each(|(slot, expert)| lay(board, device, slot, expert));
+    }
+    board.divide();
+}
+
+/// Notes `expert` in a device's slot, else in any empty one; nothing if the device has it.
+fn lay(board: &mut Board<'_>, device: usize, slot: usize, expert: usize) {
+    let slots = board.fleet.range(device);
+    let same = Some(slots.start + slot).filter(|at| slots.contains(at) && board.slots[*at] == EMPTY);
+    if let (Some(place), false) = (same.or_else(|| board.free_slot(device)), board.holds(device, expert)) {
+        board.mark(place, expert);
     }
 }
 
@@ -205,6 +215,9 @@ pub(super) fn rows(board: &Board<'_>, previous: Option<&Rows>) -> Rows {
         .collect();
     for (row, old) in rows.iter_mut().zip(previous.into_iter().flatten()) {
         for (slot, expert) in old.iter().enumerate().take(row.len()) {
+            if row[slot] == *expert {
+                continue;
+            }
             if let Some(at) = expert.and_then(|expert| row.iter().position(|held| *held == Some(expert))) {
                 row.swap(at, slot);
             }

@@ -210,6 +210,34 @@ proptest! {
 }
 
 #[test]
+fn what_only_slow_devices_have_room_for_bounds_a_layer_and_the_layer_reaches_it() {
+    // 16 fast devices of 6 slots, 16 slow ones of 14: 160 of 256 experts have no fast device at all.
+    let slow = |at: usize| if at < 16 { (6, 1.0) } else { (14, 0.4) };
+    let sites: Vec<Site> = (0..32).map(|at| site(slow(at).0, slow(at).1, at / 8, at)).collect();
+    let fleet = Fleet::new(&sites);
+    let loads = [(1..=256).map(|at| 1e5 / f64::from(at).sqrt()).collect::<Vec<f64>>()];
+    let coldest: f64 = loads[0][96..].iter().sum();
+    let forced = coldest / 6.4 / (loads[0].iter().sum::<f64>() / 22.4);
+    let layer = arrange(&task(&fleet, &loads, None, Budget::NONE)).unwrap().remove(0);
+    assert!(forced > 1.2 && (layer.bound - forced).abs() < 1e-9, "bound {}, {forced} is forced", layer.bound);
+    assert!(layer.makespan < forced * 1.01, "{} of {forced}", layer.makespan);
+}
+
+#[test]
+fn a_hot_expert_stays_on_the_fast_devices_where_slow_ones_are_one_node() {
+    let kind = |at: usize| if at < 16 { (12, 1.0, at / 8) } else { (6, 0.45, 2) };
+    let sites: Vec<Site> = (0..32).map(|at| site(kind(at).0, kind(at).1, kind(at).2, at)).collect();
+    let fleet = Fleet::new(&sites);
+    let mut loads = [vec![275.0; 256]];
+    loads[0][7] = 30_000.0;
+    let layer =
+        arrange(&Task { effort: Effort::DEFAULT, ..task(&fleet, &loads, None, Budget::NONE) }).unwrap().remove(0);
+    assert_eq!(faults(&sites, 256, &layer.rows), Vec::<String>::new());
+    // By hand: 16 copies of it, beside each nine others and two halves.
+    assert!(layer.makespan < 1.08, "{}", layer.makespan);
+}
+
+#[test]
 fn loads_that_say_nothing_keep_the_live_layout() {
     let sites: Vec<Site> = (0..4).map(|at| site(3, 1.0, at / 2, at)).collect();
     let fleet = Fleet::new(&sites);
