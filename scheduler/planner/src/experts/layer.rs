@@ -11,7 +11,7 @@ use super::{
     replan::{self, Budget, Track},
     search::{self, Log, Rules},
 };
-use crate::{num, problem::Effort};
+use crate::{num, plan::Balance, problem::Effort};
 
 /// What every layer of an instance must keep.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,20 +27,20 @@ pub(super) const SHALLOW: f64 = 3.5;
 
 /// Gap beyond which unlike devices are tried with fewer copies.
 const FAR: f64 = 0.03;
-/// Gap beyond which a layer is polished, its rounds, and the work of each.
+/// Gap beyond which unlike devices are tried kind by kind, and any layer is polished; the rounds of that, and the work
+/// of each.
 const WORTH: f64 = 5e-3;
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 8;
 const POLISH: u64 = 50_000;
 
 /// The slots of a layer planned from nothing. `loads` are in units of the ideal time, `bound` is `Fleet::bound` of them; the duty can be kept,
 /// which `Fleet::room` says before.
 ///
-/// Unlike devices are first filled kind by kind where they have few slots, and else where the layer is not good
-/// without. An even share of a hot expert may be too much for the slow ones: where it is still not good, experts get
+/// Unlike devices are first filled kind by kind where they have few slots, and else where the layer is not near its
+/// bound without. An even share of a hot expert may be too much for the slow ones: where it is still far, experts get
 /// no more copies than there are devices of the fastest kinds.
 pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], bound: f64, duty: Duty, effort: Effort) -> Board<'a> {
-    let improved =
-        |slots: &[usize], units| improve(Board::of(fleet, loads, slots), bound, duty, Effort { units, ..effort });
+    let improved = |slots: &[usize], left| improve(Board::of(fleet, loads, slots), bound, duty, effort, left);
     let divided = || {
         let half = Effort { units: effort.units / 2, ..effort };
         divide::slots(fleet, loads, duty, half).map(|slots| improved(&slots, half.units))
@@ -53,31 +53,35 @@ pub(super) fn fresh<'a>(fleet: &'a Fleet, loads: &'a [f64], bound: f64, duty: Du
     if fleet.depth() <= SHALLOW {
         return divided().unwrap_or_else(|| together(usize::MAX));
     }
-    let good = bound + FAR;
     let mut best = together(usize::MAX);
-    if fleet.classes.len() < 2 || best.slowest() <= good {
+    let above = |board: &Board<'_>, gap: f64| board.slowest() > bound + gap;
+    if fleet.classes.len() < 2 || !above(&best, WORTH) {
         return best;
     }
     let mut better = |other: Board<'a>| {
         if other.slowest() < best.slowest() {
             best = other;
         }
-        best.slowest() <= good
+        !above(&best, FAR)
     };
     if !divided().is_some_and(&mut better) {
-        let mut fast = 0;
-        let mosts = fleet.classes.iter().take(fleet.classes.len() - 1).flat_map(|class| {
-            fast += class.len();
-            let slow = fleet.devices() - fast;
-            (0..3).map(move |quarters| fast + slow * quarters / 4)
-        });
-        mosts.map(together).any(better);
+        mosts(fleet).map(together).any(better);
     }
     best
 }
 
-/// What single changes and exchanges at random make of a first board.
-fn improve<'a>(first: Board<'a>, bound: f64, duty: Duty, effort: Effort) -> Board<'a> {
+/// Numbers of copies to try: as many as there are devices of the fastest kinds, and a quarter and a half of the others.
+fn mosts(fleet: &Fleet) -> impl Iterator<Item = usize> + '_ {
+    let mut fast = 0;
+    fleet.classes.iter().take(fleet.classes.len() - 1).flat_map(move |class| {
+        fast += class.len();
+        let (fast, slow) = (fast, fleet.devices() - fast);
+        (0..3).map(move |quarters| fast + slow * quarters / 4)
+    })
+}
+
+/// What single changes and exchanges at random make of a first board, with what is `left` of the effort.
+fn improve<'a>(first: Board<'a>, bound: f64, duty: Duty, effort: Effort, left: u64) -> Board<'a> {
     let Duty { copies, apart } = duty;
     let fleet = first.fleet;
     let mut board = first;
@@ -89,7 +93,7 @@ fn improve<'a>(first: Board<'a>, bound: f64, duty: Duty, effort: Effort) -> Boar
     }
     let target = bound * (1.0 + effort.close);
     let rules = Rules { least: copies, apart, target, copying: true };
-    let (mut left, mut dice) = (effort.units, Dice(num::count(board.loads.len())));
+    let (mut left, mut dice) = (left, Dice(num::count(board.loads.len())));
     search::descend(&mut board, rules, &mut left, &mut Log::new());
     if fleet.depth() <= SHALLOW && left > 0 && board.slowest() > target {
         let mut part = left - left / 8;
@@ -106,31 +110,29 @@ fn improve<'a>(first: Board<'a>, bound: f64, duty: Duty, effort: Effort) -> Boar
 /// device is so far from the bound that a re-plan would look at all.
 fn polish(board: Board<'_>, duty: Duty, bound: f64, effort: Effort) -> Board<'_> {
     let target = bound * (1.0 + effort.close);
-    let (mut board, mut leaping) = (board, true);
+    let worth = Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 };
+    let mut board = board;
     for _ in 0..ROUNDS {
-        repair::fill(&mut board);
-        let peak = board.slowest();
-        if peak <= target + WORTH {
+        repair::spread(&mut board, duty.copies);
+        if board.slowest() <= target + WORTH {
             break;
         }
         let before = board.held();
         let mut track = [Track::new(board, before, duty, false)];
         track[0].advance(usize::MAX, usize::MAX, POLISH);
-        let worth = Budget { moves: None, bytes: None, price: 0.0, least: WORTH / 8.0 };
-        let balance = replan::settle(&mut track, worth);
-        if leaping {
+        let mut balance = replan::settle(&mut track, worth);
+        if !matches!(balance, Balance::Paid { .. }) {
             let leap = leap::look(&track[0], bound, effort);
-            leaping = leap.is_some();
-            leap::settle(&mut track, vec![leap], worth, balance);
+            balance = leap::settle(&mut track, vec![leap], worth, balance);
         }
         let [track] = track;
         board = track.board;
         board.weigh();
-        if board.slowest() > peak - WORTH / 8.0 {
+        if !matches!(balance, Balance::Paid { .. }) {
             break;
         }
     }
-    repair::fill(&mut board);
+    repair::spread(&mut board, duty.copies);
     board
 }
 

@@ -132,7 +132,7 @@ fn relocate(board: &mut Board<'_>, expert: usize, apart: bool) -> bool {
 
 /// Where all of several copies share one failure domain: those beyond the `least` required go, from the
 /// devices with most to do, and one of several required changes places with a replica elsewhere that may.
-/// Says whether any went.
+/// Says whether any went or changed places.
 pub(super) fn scatter(board: &mut Board<'_>, least: usize) -> bool {
     let mut any = false;
     if board.fleet.nodes < 2 {
@@ -145,7 +145,7 @@ pub(super) fn scatter(board: &mut Board<'_>, least: usize) -> bool {
             any = true;
         }
         if board.count[expert] > 1 && board.spread[expert] < 2 {
-            exchange(board, expert);
+            any |= exchange(board, expert);
         }
     }
     any
@@ -159,8 +159,8 @@ fn busiest(board: &Board<'_>, expert: usize) -> Option<usize> {
 }
 
 /// Exchanges the busiest copy with the replica nearest in load in another failure domain, if any may go.
-fn exchange(board: &mut Board<'_>, expert: usize) {
-    let Some(slot) = busiest(board, expert) else { return };
+fn exchange(board: &mut Board<'_>, expert: usize) -> bool {
+    let Some(slot) = busiest(board, expert) else { return false };
     let (fleet, share) = (board.fleet, board.share[expert]);
     let home = fleet.owner[slot];
     let fits = |other: &usize| {
@@ -179,6 +179,15 @@ fn exchange(board: &mut Board<'_>, expert: usize) {
         .min_by(|one, other| apart(*one).total_cmp(&apart(*other)).then(one.cmp(other)));
     if let Some(other) = nearest {
         board.swap(slot, other);
+    }
+    nearest.is_some()
+}
+
+/// Scatters and fills until neither changes anything: a later plan for the same loads finds nothing to do.
+pub(super) fn spread(board: &mut Board<'_>, least: usize) {
+    fill(board);
+    while scatter(board, least) {
+        fill(board);
     }
 }
 
