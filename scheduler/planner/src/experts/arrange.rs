@@ -10,9 +10,10 @@ use super::{
     board::Board,
     fleet::Fleet,
     layer::{self, Duty},
-    leap,
+    leap::{self, Leap},
     repair::{self, Rows},
     replan::{self, Budget, Track},
+    temper,
 };
 use crate::{num, plan::Balance, problem::Effort};
 
@@ -174,10 +175,24 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, layers: &[Normal]) -> B
     });
     *tracks = slots.into_iter().map(|track| track.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
     let balance = replan::settle(tracks, task.budget);
-    let leaps = each(task.threads, tracks, |layer, track| {
-        layers.get(layer).filter(|layer| layer.known).and_then(|layer| leap::look(track, layer.bound, task.effort))
-    });
+    let leaps = leaps(task, tracks, layers);
     leap::settle(tracks, leaps, task.budget, balance)
+}
+
+/// What layers on devices with few slots could be beyond single steps.
+fn leaps<'a>(task: &Task<'_>, tracks: &[Track<'a>], layers: &[Normal]) -> Vec<Option<Leap<'a>>> {
+    let each_of = num::whole(tracks.len().max(1));
+    let most = task.budget.most().0;
+    let spent: i64 = tracks.iter().map(|track| track.spent().0).sum();
+    let tempered = temper::apply(task.fleet.slots(), most / each_of);
+    each(task.threads, tracks, |at, track| {
+        let layer = layers.get(at).filter(|layer| layer.known && leap::worth(track, layer.bound))?;
+        if tempered {
+            temper::look(track, layer.bound, most.saturating_sub(spent).max(0) / each_of, task.effort)
+        } else {
+            leap::look(track, layer.bound, task.effort)
+        }
+    })
 }
 
 fn finish(board: &Board<'_>, layer: &Normal, previous: Option<&Rows>) -> Arranged {

@@ -21,19 +21,25 @@ const UNITS: u64 = 150_000;
 
 /// A layer planned anew.
 pub(super) struct Leap<'a> {
-    board: Board<'a>,
-    moves: i64,
-    bytes: i64,
-    relief: f64,
+    pub(super) board: Board<'a>,
+    /// Replicas and bytes that it moves beyond the track's steps; may be negative.
+    pub(super) moves: i64,
+    pub(super) bytes: i64,
+    /// By how much the layer's slowest device gets faster.
+    pub(super) relief: f64,
+}
+
+/// Whether a layer is to be looked at: its devices have few slots, and its slowest is far above the bound.
+pub(super) fn worth(track: &Track<'_>, bound: f64) -> bool {
+    track.board.fleet.depth() <= SHALLOW && track.board.slowest() >= bound + WORTH
 }
 
 /// What `track`'s layer could be; nothing if that is not much better.
 pub(super) fn look<'a>(track: &Track<'a>, bound: f64, effort: Effort) -> Option<Leap<'a>> {
-    let fleet = track.board.fleet;
-    let peak = track.board.slowest();
-    if fleet.depth() > SHALLOW || peak < bound + WORTH {
+    if !worth(track, bound) {
         return None;
     }
+    let (fleet, peak) = (track.board.fleet, track.board.slowest());
     let Duty { copies, apart } = track.duty;
     let target = bound * (1.0 + effort.close);
     let mut left = effort.units.min(UNITS);

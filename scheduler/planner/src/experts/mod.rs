@@ -14,6 +14,7 @@ mod repair;
 mod replan;
 mod search;
 mod survey;
+mod temper;
 mod waves;
 
 use std::collections::BTreeMap;

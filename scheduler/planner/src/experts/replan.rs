@@ -108,7 +108,7 @@ impl<'a> Track<'a> {
             self.left = 0;
             return false;
         };
-        let (moves, bytes) = self.cost(best.change);
+        let (moves, bytes) = self.cost(&self.board, best.change);
         let (change, held) = apply(&mut self.board, best.change);
         let peak = self.board.slowest();
         self.steps.push(Step { ratio: best.ratio, change, held, moves, bytes, relief: self.peak - peak });
@@ -166,7 +166,7 @@ impl<'a> Track<'a> {
         self.peak = self.board.slowest();
     }
 
-    fn was(&self, expert: usize, device: usize) -> bool {
+    pub(super) fn was(&self, expert: usize, device: usize) -> bool {
         self.board.holds_in(&self.before, device, expert)
     }
 
@@ -179,9 +179,8 @@ impl<'a> Track<'a> {
         }
     }
 
-    /// Replicas and bytes that a change moves, net.
-    fn cost(&self, change: Change) -> (i64, i64) {
-        let board = &self.board;
+    /// Replicas and bytes that a change of `board` moves, net.
+    pub(super) fn cost(&self, board: &Board<'_>, change: Change) -> (i64, i64) {
         let owner = |slot: usize| board.fleet.owner[slot];
         let mut sum = (0, 0);
         let mut count = |expert: usize, device: usize, sign: i64| {
