@@ -32,9 +32,9 @@ pub(crate) fn real_size(value: usize) -> f64 {
     real(count(value))
 }
 
-/// `value` as a signed count, saturating.
-pub(crate) fn signed(value: usize) -> i32 {
-    i32::try_from(value).unwrap_or(i32::MAX)
+/// `value` as a short signed count, saturating.
+pub(crate) fn short(value: usize) -> i16 {
+    i16::try_from(value).unwrap_or(i16::MAX)
 }
 
 /// The least index that is not below `value`; 0 for what is no number above 0, the largest beyond the range.

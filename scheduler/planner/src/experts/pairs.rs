@@ -12,11 +12,17 @@ use super::{board::EMPTY, dice::Dice, fleet::Fleet};
 use crate::num;
 
 /// Bins up to T/2.
-const HALF: usize = 256;
-/// Step by which the target falls once it is reached.
-const STEP: f64 = 0.002;
-/// Work of looking at one exchange, in units of the search.
+const HALF: usize = 512;
+/// Part of the way to the goal by which T falls once it is reached, and the least fall.
+const STEP: f64 = 0.2;
+const LEAST: f64 = 2e-4;
+/// Violations more that are taken with probability 1/e.
+const HEAT: f64 = 0.25;
+/// Work of looking at one exchange, in units of the search, and exchanges that a new T costs.
 const COST: u64 = 40;
+const RENEWAL: u64 = 10;
+/// Slots up to which sums of bins stay in range.
+const MOST: usize = 8_192;
 
 /// Whether the search applies.
 pub(super) fn apply(fleet: &Fleet) -> bool {
@@ -24,50 +30,122 @@ pub(super) fn apply(fleet: &Fleet) -> bool {
 }
 
 /// Better copies by expert than `counts`, keeping `least` each. `loads` are in units of the ideal time;
-/// `bound` is the least that can be reached.
-pub(super) fn recount(fleet: &Fleet, loads: &[f64], counts: &mut [usize], least: usize, bound: f64, effort: &mut u64) {
+/// `goal` is good enough.
+pub(super) fn recount(fleet: &Fleet, loads: &[f64], counts: &mut [usize], least: usize, goal: f64, effort: &mut u64) {
+    if fleet.slots() > MOST {
+        return;
+    }
     let most = fleet.devices();
     let mut now = counts.to_vec();
-    let mut target = fold(fleet, loads, counts) * (1.0 - STEP);
+    let mut spare = Spare::new(&now, least);
+    let mut best = fold(fleet, loads, counts);
+    let mut target = nearer(best, goal);
     let mut bins = Bins::new(fleet, loads, &now, target);
     let mut violated = bins.violated();
     let mut dice = Dice(num::count(loads.len()));
     let mut tries = *effort / COST;
     *effort -= tries * COST;
-    while tries > 0 && target > bound {
+    while tries > 0 && best > goal {
         if violated == 0 {
-            counts.copy_from_slice(&now);
-            target = target.min(fold(fleet, loads, counts)) * (1.0 - STEP);
+            let reached = fold(fleet, loads, &now);
+            if reached < best {
+                counts.copy_from_slice(&now);
+                best = reached;
+            }
+            target = nearer(target.min(best), goal);
             bins = Bins::new(fleet, loads, &now, target);
             violated = bins.violated();
+            tries = tries.saturating_sub(RENEWAL);
             continue;
         }
         tries -= 1;
-        let (more, fewer) = (dice.below(loads.len()), dice.below(loads.len()));
-        if more == fewer || now[fewer] <= least || now[more] >= most {
+        let more = dice.below(loads.len());
+        let Some(fewer) = spare.draw(&mut dice) else { break };
+        if more == fewer || now[more] >= most {
             continue;
         }
-        let change = bins.exchange((loads[more], now[more]), (loads[fewer], now[fewer]));
-        let new = bins.violated_after(&change);
-        // Heat of one bin: a violation more is taken with probability 1/e.
-        if new <= violated || dice.unit() < (-f64::from(new - violated)).exp() {
-            bins.add(&change);
-            violated = new;
+        let Some(marks) = bins.exchange((loads[more], now[more]), (loads[fewer], now[fewer])) else { continue };
+        let worse = bins.rise(&marks);
+        if worse <= 0 || dice.unit() < (-f64::from(worse) / HEAT).exp() {
+            bins.add(&marks);
+            violated += worse;
             now[more] += 1;
             now[fewer] -= 1;
+            spare.note(more, now[more]);
+            spare.note(fewer, now[fewer]);
+        }
+    }
+}
+
+/// The next target.
+fn nearer(reached: f64, goal: f64) -> f64 {
+    (reached - ((reached - goal) * STEP).max(LEAST)).max(goal)
+}
+
+/// Experts with more copies than they must have.
+struct Spare {
+    least: usize,
+    experts: Vec<usize>,
+    /// Where an expert is among them.
+    at: Vec<Option<usize>>,
+}
+
+impl Spare {
+    fn new(counts: &[usize], least: usize) -> Self {
+        let mut spare = Self { least, experts: Vec::with_capacity(counts.len()), at: vec![None; counts.len()] };
+        for (expert, count) in counts.iter().enumerate() {
+            spare.note(expert, *count);
+        }
+        spare
+    }
+
+    fn draw(&self, dice: &mut Dice) -> Option<usize> {
+        self.experts.get(dice.below(self.experts.len())).copied()
+    }
+
+    /// Notes that `expert` has `count` copies now.
+    fn note(&mut self, expert: usize, count: usize) {
+        match self.at[expert] {
+            None if count > self.least => {
+                self.at[expert] = Some(self.experts.len());
+                self.experts.push(expert);
+            }
+            Some(at) if count <= self.least => {
+                self.at[expert] = None;
+                self.experts.swap_remove(at);
+                if let Some(moved) = self.experts.get(at) {
+                    self.at[*moved] = Some(at);
+                }
+            }
+            _ => {}
         }
     }
 }
 
 /// The largest pair when the largest copy goes with the smallest.
 fn fold(fleet: &Fleet, loads: &[f64], counts: &[usize]) -> f64 {
-    let mut items: Vec<f64> = Vec::with_capacity(fleet.slots());
-    for (load, count) in loads.iter().zip(counts) {
-        items.extend(std::iter::repeat_n(load / num::real_size((*count).max(1)), *count));
+    let mut groups: Vec<(f64, usize)> =
+        loads.iter().zip(counts).map(|(load, count)| (load / num::real_size((*count).max(1)), *count)).collect();
+    let copies: usize = counts.iter().sum();
+    groups.push((0.0, fleet.slots().saturating_sub(copies)));
+    groups.sort_unstable_by(|one, other| one.0.total_cmp(&other.0));
+    let (mut small, mut large) = (0, groups.len() - 1);
+    let (mut of_small, mut of_large, mut peak) = (groups[small].1, groups[large].1, 0.0_f64);
+    while small < large {
+        if of_small == 0 {
+            small += 1;
+            of_small = groups[small].1;
+        } else if of_large == 0 {
+            large -= 1;
+            of_large = groups[large].1;
+        } else {
+            peak = peak.max(groups[small].0 + groups[large].0);
+            let pairs = of_small.min(of_large);
+            (of_small, of_large) = (of_small - pairs, of_large - pairs);
+        }
     }
-    items.resize(fleet.slots().max(items.len()), 0.0);
-    items.sort_unstable_by(f64::total_cmp);
-    items.iter().zip(items.iter().rev()).map(|(one, other)| one + other).fold(0.0, f64::max)
+    // One group is left, with what neither end has taken of it.
+    if of_small.min(of_large) > 1 { peak.max(2.0 * groups[small].0) } else { peak }
 }
 
 /// Slots for `counts` copies: pairs as in `fold`, none of one expert alone, then pairs onto devices such
@@ -129,11 +207,12 @@ fn part(pairs: &mut [(usize, usize)]) {
     }
 }
 
-type Row = [i32; HALF + 1];
+/// From a bin on, so many more; in the order of bins.
+type Marks = [(usize, i16); 4];
 
 /// By bin j: copies of at most j bins, less copies above 2·HALF − j bins. Negative = violated.
 struct Bins {
-    slack: Row,
+    slack: [i16; HALF + 1],
     scale: f64,
 }
 
@@ -141,63 +220,74 @@ impl Bins {
     fn new(fleet: &Fleet, loads: &[f64], counts: &[usize], target: f64) -> Self {
         let scale = num::real_size(2 * HALF) / target.max(f64::MIN_POSITIVE);
         let mut bins = Self { slack: [0; HALF + 1], scale };
-        let mut row = [0; HALF + 1];
         for (load, count) in loads.iter().zip(counts) {
-            bins.mark(&mut row, *load, *count, 1);
+            // A copy above the target is above every bin, twice.
+            let (at, copies) = bins.mark(*load, *count).unwrap_or((0, -2 * num::short(*count)));
+            bins.slack[at] += copies;
         }
-        row[0] += num::signed(fleet.slots()) - num::signed(counts.iter().sum());
-        sum_up(&mut row);
-        bins.slack = row;
+        bins.slack[0] += num::short(fleet.slots()) - num::short(counts.iter().sum());
+        let mut sum = 0;
+        for slack in &mut bins.slack {
+            sum += *slack;
+            *slack = sum;
+        }
         bins
     }
 
-    /// Notes `sign` times the copies of an expert in a row of differences.
+    /// The bin from which on the `count` copies of an expert count, and how: nothing if they are above the target.
     #[inline]
-    fn mark(&self, row: &mut Row, load: f64, count: usize, sign: i32) {
-        if count == 0 {
-            return;
+    fn mark(&self, load: f64, count: usize) -> Option<(usize, i16)> {
+        let bin = num::ceil(load / num::real_size(count.max(1)) * self.scale);
+        match bin {
+            0..=HALF => Some((bin, num::short(count))),
+            _ if bin <= 2 * HALF => Some((2 * HALF + 1 - bin, -num::short(count))),
+            _ => None,
         }
-        let bin = num::ceil(load / num::real_size(count) * self.scale);
-        let (at, each) = if bin <= HALF {
-            (bin, 1)
-        } else if bin <= 2 * HALF {
-            (2 * HALF + 1 - bin, -1)
-        } else {
-            // Larger than the target: never worth it.
-            (0, -64)
-        };
-        row[at] += sign * each * num::signed(count);
     }
 
-    fn exchange(&self, more: (f64, usize), fewer: (f64, usize)) -> Row {
-        let mut row = [0; HALF + 1];
-        self.mark(&mut row, more.0, more.1, -1);
-        self.mark(&mut row, more.0, more.1 + 1, 1);
-        self.mark(&mut row, fewer.0, fewer.1, -1);
-        self.mark(&mut row, fewer.0, fewer.1 - 1, 1);
-        sum_up(&mut row);
-        row
+    /// What changes when a copy of one expert takes the place of one of another; nothing if the other's would
+    /// be above the target.
+    fn exchange(&self, more: (f64, usize), fewer: (f64, usize)) -> Option<Marks> {
+        let gone = |load: f64, count: usize| {
+            let (at, copies) = self.mark(load, count).unwrap_or((0, -2 * num::short(count)));
+            (at, -copies)
+        };
+        let mut marks = [
+            gone(more.0, more.1),
+            self.mark(more.0, more.1 + 1)?,
+            gone(fewer.0, fewer.1),
+            self.mark(fewer.0, fewer.1 - 1)?,
+        ];
+        marks.sort_unstable_by_key(|mark| mark.0);
+        Some(marks)
     }
 
     fn violated(&self) -> i32 {
-        self.slack.iter().map(|slack| (-slack).max(0)).sum()
+        self.slack.iter().map(|slack| -i32::from((*slack).min(0))).sum()
     }
 
-    fn violated_after(&self, change: &Row) -> i32 {
-        self.slack.iter().zip(change).map(|(slack, change)| (-(slack + change)).max(0)).sum()
-    }
-
-    fn add(&mut self, change: &Row) {
-        for (slack, change) in self.slack.iter_mut().zip(change) {
-            *slack += change;
+    /// By how much the sum of violations grows.
+    fn rise(&self, marks: &Marks) -> i32 {
+        let (mut more, mut rise) = (0, 0);
+        for (at, mark) in marks.iter().enumerate() {
+            more += mark.1;
+            let end = marks.get(at + 1).map_or(HALF + 1, |next| next.0);
+            if more != 0 {
+                let grown = |slack: &i16| i32::from((*slack).min(0) - slack.saturating_add(more).min(0));
+                rise += self.slack[mark.0..end].iter().map(grown).sum::<i32>();
+            }
         }
+        rise
     }
-}
 
-fn sum_up(row: &mut Row) {
-    let mut sum = 0;
-    for entry in row {
-        sum += *entry;
-        *entry = sum;
+    fn add(&mut self, marks: &Marks) {
+        let mut more = 0;
+        for (at, mark) in marks.iter().enumerate() {
+            more += mark.1;
+            let end = marks.get(at + 1).map_or(HALF + 1, |next| next.0);
+            for slack in &mut self.slack[mark.0..end] {
+                *slack += more;
+            }
+        }
     }
 }

@@ -126,6 +126,23 @@ fn tiny_layers_are_as_good_as_the_best_of_all_layouts() {
     assert!(sum / count < 1.05, "mean distance from the optimum {}", sum / count);
 }
 
+#[test]
+fn two_slots_on_each_of_many_devices_are_within_nine_thousandths_of_the_bound() {
+    let sites: Vec<Site> = (0..320).map(|at| site(2, 1.0, at / 8, at)).collect();
+    let fleet = Fleet::new(&sites);
+    // Log-logistic, in an order that follows no rule.
+    let load = |power: f64| {
+        let part = move |expert: u32| (f64::from(expert * 217 % 384) + 0.5) / 384.0;
+        (0..384).map(move |expert| (part(expert) / (1.0 - part(expert))).powf(power).mul_add(1000.0, 1.0)).collect()
+    };
+    let loads: Vec<Vec<f64>> = [0.4, 0.45, 0.5].into_iter().map(load).collect();
+    let solved = arrange(&Task { effort: Effort::DEFAULT, ..task(&fleet, &loads, None, Budget::NONE) }).unwrap();
+    for (layer, loads) in solved.iter().zip(&loads) {
+        assert_eq!(faults(&sites, loads.len(), &layer.rows), Vec::<String>::new());
+        assert!(layer.makespan <= layer.bound + 0.009, "{} for {}", layer.makespan, layer.bound);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -144,6 +161,18 @@ proptest! {
                     prop_assert!((slowest(&sites, loads, &layer.rows) / ideal - layer.makespan).abs() < 1e-6);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn like_devices_with_two_slots_keep_the_rules(devices in 1_usize..40, loads in any_loads(), nodes in 1_usize..5) {
+        let sites: Vec<Site> = (0..devices).map(|at| site(2, 1.0, at % nodes, at)).collect();
+        let fleet = Fleet::new(&sites);
+        let own = Effort { units: 20_000, close: 1e-6 };
+        let Ok(arranged) = arrange(&Task { effort: own, ..task(&fleet, &loads, None, Budget::NONE) }) else { return Ok(()) };
+        for (layer, loads) in arranged.iter().zip(&loads) {
+            prop_assert_eq!(faults(&sites, loads.len(), &layer.rows), Vec::<String>::new());
+            prop_assert!(layer.makespan >= layer.bound - 1e-9);
         }
     }
 
