@@ -183,7 +183,7 @@ mod tests {
     fn the_same_moves_go_further_than_single_steps_take_them() {
         let fleet = fleet();
         let mut relief = 0.0;
-        for seed in 0..4 {
+        for seed in 0..24 {
             let (old, new) = (vec![loads(&fleet, seed)], loads(&fleet, seed + 100));
             let rows = arrange(&task(&fleet, &old, None, 0)).unwrap().remove(0).rows;
             let slots: Vec<usize> = rows.into_iter().flatten().map(|held| held.unwrap_or(EMPTY)).collect();
@@ -195,9 +195,9 @@ mod tests {
             let Some(leap) = look(&track[0], fleet.bound(&new).0, 0, Effort::DEFAULT) else { continue };
             assert!(leap.moves <= 0 && !leap.board.count.contains(&0), "{} more", leap.moves);
             assert!((track[0].board.slowest() - leap.board.slowest() - leap.relief).abs() < 1e-9);
-            relief += leap.relief / 4.0;
+            relief += leap.relief / 24.0;
         }
-        assert!(relief > 0.01, "{relief} of the ideal time");
+        assert!(relief > 0.005, "{relief} of the ideal time");
     }
 
     #[test]
