@@ -64,8 +64,9 @@ pub struct Short {
     pub short: usize,
 }
 
-/// Work that a repair spends on balance in each layer: what was lost comes first, calm comes later.
-const REPAIR_EFFORT: u64 = 30_000;
+/// Work that a repair spends on balance in each layer: what was lost comes first, calm comes later. It buys many
+/// steps, each of the slowest device that one helps.
+const REPAIR_EFFORT: u64 = 24_000;
 
 /// Fills all layers.
 ///
@@ -170,6 +171,7 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, layers: &[Normal]) -> B
     each(task.threads, &slots, |layer, track| {
         let mut track = track.lock().unwrap_or_else(PoisonError::into_inner);
         if layers.get(layer).is_some_and(|layer| layer.known) {
+            track.hasty = repaired;
             track.advance(even / 2, share, effort);
         }
     });

@@ -63,6 +63,8 @@ pub(super) struct Track<'a> {
     peak: f64,
     /// Experts had no replica left.
     pub(super) repaired: bool,
+    /// Whether the slowest device that a step helps is enough to look at.
+    pub(super) hasty: bool,
     /// Replicas that further steps may move, and the work that may be spent on looking for them.
     left: i64,
     effort: u64,
@@ -82,6 +84,7 @@ impl<'a> Track<'a> {
             steps: Vec::new(),
             peak,
             repaired,
+            hasty: false,
             left: 0,
             effort: 0,
             survey: Survey::default(),

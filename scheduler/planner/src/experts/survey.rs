@@ -66,6 +66,9 @@ impl Survey {
         for slow in self.order.iter().rev().take(SLOW) {
             any |= self.best_swap(track, *slow, &mut best, effort);
             any |= self.best_copy(track, *slow, &mut best, effort);
+            if any && track.hasty {
+                break;
+            }
         }
         any.then_some(best)
     }
@@ -296,6 +299,29 @@ mod tests {
             }
         }
         assert!(found > 200, "{found}");
+    }
+
+    #[test]
+    fn a_hasty_look_finds_a_step_whenever_there_is_one_for_less_work() {
+        let fleet = fleet();
+        let (mut dice, mut saved, mut found) = (Dice(11), 0, 0);
+        for _ in 0..40 {
+            let loads: Vec<f64> = (0..20).map(|_| dice.unit().powi(3)).collect();
+            let board = board(&fleet, &loads, &mut dice);
+            let before = board.held();
+            let mut track = Track::new(board, before, Duty { copies: 1, apart: false }, false);
+            let look = |track: &Track<'_>| {
+                let mut left = 1_000_000;
+                (Survey::default().best(track, &mut left).map(|best| best.ratio), 1_000_000 - left)
+            };
+            let (full, work) = look(&track);
+            track.hasty = true;
+            let (first, less) = look(&track);
+            assert_eq!(first.is_some(), full.is_some());
+            assert!(first <= full && less <= work, "{first:?} of {full:?} for {less} of {work}");
+            (saved, found) = (saved + work - less, found + usize::from(first.is_some()));
+        }
+        assert!(saved > 0 && found > 20, "{saved} saved, {found} found");
     }
 
     #[test]
