@@ -8,7 +8,7 @@ use std::sync::{
 
 use super::{
     board::Board,
-    fleet::Fleet,
+    fleet::{Fleet, Site},
     layer::{self, Duty},
     leap::{self, Leap},
     repair::{self, Rows},
@@ -138,7 +138,8 @@ fn start<'a>(task: &Task<'a>, layer: &'a Normal, previous: Option<&Rows>) -> Res
     } else {
         let scattered = repair::scatter(&mut board, copies);
         // Empty slots that were there before wait for a step that pays.
-        let joined = previous.is_some_and(|rows| rows.iter().any(Vec::is_empty));
+        let joins = |(row, site): (&Vec<_>, &Site)| row.is_empty() && site.slots > 0;
+        let joined = previous.is_some_and(|rows| rows.iter().zip(&task.fleet.sites).any(joins));
         if repaired || scattered || joined {
             repair::fill(&mut board);
         }

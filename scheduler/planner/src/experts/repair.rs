@@ -158,11 +158,23 @@ fn busiest(board: &Board<'_>, expert: usize) -> Option<usize> {
     board.slot_of(home, expert)
 }
 
-/// Exchanges the busiest copy with the replica nearest in load in another failure domain, if any may go.
+/// Exchanges a copy, the busiest that can, with the replica nearest in load in another failure domain that may go.
 fn exchange(board: &mut Board<'_>, expert: usize) -> bool {
-    let Some(slot) = busiest(board, expert) else { return false };
-    let (fleet, share) = (board.fleet, board.share[expert]);
-    let home = fleet.owner[slot];
+    let mut homes: Vec<usize> = board.homes(expert).collect();
+    let time = |device: usize| board.time(device, 0.0);
+    homes.sort_by(|one, other| time(*other).total_cmp(&time(*one)).then(one.cmp(other)));
+    let slots = homes.into_iter().filter_map(|home| board.slot_of(home, expert));
+    let pair = slots.filter_map(|slot| Some((slot, partner(board, slot)?))).next();
+    if let Some((slot, other)) = pair {
+        board.swap(slot, other);
+    }
+    pair.is_some()
+}
+
+/// The slot in another failure domain whose replica may change places with that of `slot`, the nearest in load.
+fn partner(board: &Board<'_>, slot: usize) -> Option<usize> {
+    let (fleet, expert) = (board.fleet, board.slots[slot]);
+    let (home, share) = (fleet.owner[slot], board.share[expert]);
     let fits = |other: &usize| {
         let (device, held) = (fleet.owner[*other], board.slots[*other]);
         fleet.node[device] != fleet.node[home]
@@ -174,13 +186,7 @@ fn exchange(board: &mut Board<'_>, expert: usize) -> bool {
         let held = board.slots[other];
         (share - if held == EMPTY { 0.0 } else { board.share[held] }).abs()
     };
-    let nearest = (0..board.slots.len())
-        .filter(fits)
-        .min_by(|one, other| apart(*one).total_cmp(&apart(*other)).then(one.cmp(other)));
-    if let Some(other) = nearest {
-        board.swap(slot, other);
-    }
-    nearest.is_some()
+    (0..board.slots.len()).filter(fits).min_by(|one, other| apart(*one).total_cmp(&apart(*other)).then(one.cmp(other)))
 }
 
 /// Scatters and fills until neither changes anything: a later plan for the same loads finds nothing to do.

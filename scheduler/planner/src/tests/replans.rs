@@ -83,3 +83,31 @@ fn a_replan_says_why_it_moves_nothing_or_something() {
     next.goal = Goal::Rebalance { moves: None, bytes: Some(berth_types::Bytes(1)) };
     assert_eq!(said(&next).decision().moves, 0, "a byte budget of one byte");
 }
+
+/// The layer's slots after a repair that finds nothing missing.
+fn kept(sites: &[Site], copies: usize, before: Rows) -> Rows {
+    let fleet = Fleet::new(sites);
+    let (loads, previous) = (vec![vec![5.0, 4.0, 3.0]], vec![before]);
+    let duty = Duty { copies, apart: false };
+    let previous = Some(previous.as_slice());
+    let effort = Effort::DEFAULT;
+    let task = Task { fleet: &fleet, duty, loads: &loads, previous, budget: Budget::NONE, effort, threads: 1 };
+    arrange(&task).unwrap().remove(0).rows
+}
+
+#[test]
+fn a_device_without_slots_is_no_device_that_joins() {
+    let site = |slots, node| Site { slots, speed: 1.0, node, card: node, bytes: 1, closed: false };
+    let before = vec![vec![Some(0), Some(1)], vec![], vec![Some(2), None]];
+    assert_eq!(kept(&[site(2, 0), site(0, 1), site(2, 2)], 1, before.clone()), before);
+}
+
+#[test]
+fn copies_of_one_node_are_spread_by_whichever_of_them_can_go() {
+    let site = |card, slots| Site { slots, speed: 1.0, node: card / 2, card, bytes: 1, closed: false };
+    let sites: Vec<Site> = [3, 1, 2, 2].into_iter().enumerate().map(|(card, slots)| site(card, slots)).collect();
+    // Expert 0 is twice on the first node; its busier device holds all that could come for it.
+    let pair = vec![Some(1), Some(2)];
+    let rows = kept(&sites, 2, vec![vec![Some(0), Some(1), Some(2)], vec![Some(0)], pair.clone(), pair]);
+    assert!(rows[2..].iter().flatten().any(|held| *held == Some(0)), "{rows:?}");
+}
