@@ -164,7 +164,7 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, layers: &[Normal]) -> B
     if slack <= task.budget.least {
         return Balance::Close { slack };
     }
-    // Steps beyond a layer's even share are looked for when the queue asks for them.
+    // Later steps are looked for when the queue asks for them, by one thread.
     let even = task.budget.moves.map_or(usize::MAX, |moves| moves / tracks.len().max(1));
     let share = even.saturating_mul(3).saturating_add(8);
     let effort = if repaired { task.effort.units.min(REPAIR_EFFORT) } else { task.effort.units };
@@ -173,7 +173,7 @@ fn balance(task: &Task<'_>, tracks: &mut Vec<Track<'_>>, layers: &[Normal]) -> B
         let mut track = track.lock().unwrap_or_else(PoisonError::into_inner);
         if layers.get(layer).is_some_and(|layer| layer.known) {
             track.hasty = repaired;
-            track.advance(even / 2, share, effort);
+            track.advance(if repaired { even } else { even / 2 }, share, effort);
         }
     });
     *tracks = slots.into_iter().map(|track| track.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
