@@ -28,6 +28,10 @@ bench: build ## figures beside the peers'
 	target/release/berth bench health --json target/health.json
 	target/release/berth bench placement --manifest tests/data/placement/manifest.json \
 		--data tests/data/placement/data --repeat 5 --table --json target/placement.json
+	target/release/berth bench placement --manifest tests/data/placement/manifest.json \
+		--data tests/data/placement/data --case p01-v3-288-32 --effort fast --repeat 20 --table
+	target/release/berth bench placement --manifest tests/data/placement/manifest.json \
+		--data tests/data/placement/data --case p06-v4pro-640-320 --effort best --table
 	target/release/berth bench placement-sizes --json target/placement-sizes.json --svg target/placement-sizes.svg
 
 golden: ## write generated files and golden texts anew; read the diff

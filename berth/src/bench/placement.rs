@@ -138,7 +138,8 @@ pub(super) fn run(args: &PlacementArgs) -> anyhow::Result<Verdict> {
         results.extend(solved);
     }
     if *table {
-        say(&table::text(&results, *clock, threads))?;
+        let effort = *effort;
+        say(&table::text(&table::Run { cases: &cases, results: &results, effort, clock: *clock, threads }))?;
     }
     write_json(json.as_deref(), &Report { results })?;
     Ok(Verdict::Pass)

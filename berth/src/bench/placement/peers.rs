@@ -23,10 +23,24 @@ const fn unmeasured(name: &'static str, balance: f64) -> Peer {
 pub(super) fn peers(case: &str) -> &'static [Peer] {
     match case {
         "p01-v3-288-32" => {
-            const { &[peer("FlashLB", 0.9949, 292.0), peer("SGLang", 0.9736, 10.5), peer("EPLB", 0.9355, 322.0)] }
+            const {
+                &[
+                    peer("FlashLB", 0.9949, 292.0),
+                    peer("SGLang", 0.9736, 10.5),
+                    peer("EPLB", 0.9355, 322.0),
+                    peer("vLLM", 0.9355, 35.0),
+                ]
+            }
         }
         "p02-v3-320-64" => {
-            const { &[peer("FlashLB", 0.9870, 430.0), peer("SGLang", 0.9600, 15.0), peer("EPLB", 0.7263, 337.0)] }
+            const {
+                &[
+                    peer("FlashLB", 0.9870, 430.0),
+                    peer("SGLang", 0.9600, 15.0),
+                    peer("EPLB", 0.7263, 337.0),
+                    peer("vLLM", 0.7263, 38.0),
+                ]
+            }
         }
         "p04-v4flash-320-64" => {
             const { &[peer("evolved", 0.9889, 532.0), peer("vLLM", 0.9865, 61.0), peer("EPLB", 0.9865, 1900.0)] }
@@ -37,9 +51,20 @@ pub(super) fn peers(case: &str) -> &'static [Peer] {
         "p06-v4pro-640-320" => {
             const { &[peer("evolved", 0.9561, 4500.0), peer("vLLM", 0.9498, 90.0), peer("EPLB", 0.9498, 16000.0)] }
         }
-        "p08-v3-drift20" => const { &[unmeasured("SGLang, 95 % moved", 0.928), unmeasured("EPLB, 85 % moved", 0.887)] },
+        "p08-v3-drift20" => {
+            const {
+                &[
+                    unmeasured("SGLang, 95 % moved", 0.928),
+                    unmeasured("EPLB, 85 % moved", 0.887),
+                    unmeasured("vLLM, 85 % moved", 0.887),
+                ]
+            }
+        }
         "p10-one-hot" => const { &[unmeasured("best peer", 0.767)] },
         "p13-planted" => const { &[unmeasured("best peer", 0.948)] },
+        "p14-hetero-v3-288-32" => {
+            const { &[unmeasured("best peer, makespan", 1.70), unmeasured("worst peer, makespan", 2.13)] }
+        }
         _ => &[],
     }
 }
