@@ -137,7 +137,8 @@ fn moves(case: &Case, windows: &[&WindowResult], run: &Run<'_>) -> String {
         let lost = lost(case, window.window);
         if lost > 0 {
             let (part, ms) = (real(window.moved_replicas) / real(lost), window.seconds * 1000.0);
-            let (wanted, most) = (mark(part <= REPAIR_MOVES, "1.3"), timed(ms, Some(REPAIR_MS), run.clock));
+            let (wanted, most) =
+                (mark(part <= REPAIR_MOVES, &format!("{REPAIR_MOVES}")), timed(ms, Some(REPAIR_MS), run.clock));
             let name = format!("    repair of window {}, moved ÷ lost", window.window);
             text.push_str(&line([&name, &format!("{part:.2}"), &wanted, &format!("{ms:.1}"), &most, ""]));
         }

@@ -194,6 +194,12 @@ impl<'a> Board<'a> {
         (self.carried[device] + extra) * self.fleet.inverse[device]
     }
 
+    /// What each other copy of `expert` carries more when one goes; nothing if it is the only one.
+    #[inline]
+    pub(super) fn grown(&self, expert: usize) -> f64 {
+        self.loads[expert] / num::real_size((self.count[expert] - 1).max(1)) - self.share[expert]
+    }
+
     /// The first empty slot of a device.
     pub(super) fn free_slot(&self, device: usize) -> Option<usize> {
         if self.free[device] == 0 {

@@ -221,7 +221,7 @@ pub(super) fn growth(board: &Board<'_>) -> Vec<f64> {
         if board.count[expert] < 2 {
             return f64::INFINITY;
         }
-        let grown = board.loads[expert] / num::real_size(board.count[expert] - 1) - board.share[expert];
+        let grown = board.grown(expert);
         board.homes(expert).map(|home| rise(board, home, grown)).sum()
     };
     (0..board.loads.len()).map(growth).collect()
@@ -236,8 +236,7 @@ pub(super) fn displace(board: &Board<'_>, growth: &[f64], held: usize, device: u
     if board.count[held] < 2 {
         return f64::INFINITY;
     }
-    let grown = board.loads[held] / num::real_size(board.count[held] - 1) - board.share[held];
-    rise(board, device, share - board.share[held]) + growth[held] - rise(board, device, grown)
+    rise(board, device, share - board.share[held]) + growth[held] - rise(board, device, board.grown(held))
 }
 
 /// The steps of all layers in the order of what they gain per byte, a layer's own in their order, as far as

@@ -256,7 +256,7 @@ fn best_copy(board: &Board<'_>, slow: usize, rules: Rules, effort: &mut u64) -> 
 
 /// How much the excess falls when the copy of `expert` on `device` goes.
 fn drop_gain(board: &Board<'_>, expert: usize, device: usize, target: f64) -> f64 {
-    let grown = board.loads[expert] / num::real_size((board.count[expert] - 1).max(1)) - board.share[expert];
+    let grown = board.grown(expert);
     let change = |home: usize| {
         let extra = if home == device { -board.share[expert] } else { grown };
         over(board.time(home, 0.0), target) - over(board.time(home, extra), target)
@@ -268,12 +268,7 @@ fn drop_gain(board: &Board<'_>, expert: usize, device: usize, target: f64) -> f6
 fn copy_gain(board: &Board<'_>, expert: usize, held: usize, device: usize, target: f64) -> f64 {
     let share = board.loads[expert] / num::real_size(board.count[expert] + 1);
     let relief = share - board.share[expert];
-    let (lost, grown) = if held == EMPTY {
-        (0.0, 0.0)
-    } else {
-        let lost = board.share[held];
-        (lost, board.loads[held] / num::real_size((board.count[held] - 1).max(1)) - lost)
-    };
+    let (lost, grown) = if held == EMPTY { (0.0, 0.0) } else { (board.share[held], board.grown(held)) };
     let change =
         |device: usize, extra: f64| over(board.time(device, 0.0), target) - over(board.time(device, extra), target);
     let mut gain = change(device, share - lost);

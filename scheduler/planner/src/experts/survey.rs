@@ -103,8 +103,7 @@ impl Survey {
                 if held == EMPTY {
                     self.spare.push(Spare { slot, share: 0.0, growth: 0.0, own: 0.0 });
                 } else if board.count[held] > 1 && board.may_lose(held, device, duty.copies, duty.apart) {
-                    let share = board.share[held];
-                    let grown = board.loads[held] / num::real_size(board.count[held] - 1) - share;
+                    let (share, grown) = (board.share[held], board.grown(held));
                     let all = || board.homes(held).map(|home| rise(board, home, grown)).sum();
                     let growth = *self.growth[held].get_or_insert_with(all);
                     self.spare.push(Spare { slot, share, growth, own: rise(board, device, grown) });

@@ -138,7 +138,7 @@ impl State<'_, '_> {
         let mut sum = 0.0;
         if held != EMPTY {
             own -= board.share[held];
-            more = board.loads[held] / num::real_size(board.count[held] - 1) - board.share[held];
+            more = board.grown(held);
             let alone = |home: &usize| *home != device && !board.holds(*home, expert);
             sum += board.homes(held).filter(alone).map(|home| self.grown(home, more)).sum::<f64>();
         }
